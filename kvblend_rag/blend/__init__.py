@@ -1,0 +1,1 @@
+"""Pure functions of blending, in reading order: chunk, match, plan, rope, gate."""

@@ -1,0 +1,164 @@
+"""BlendConfig: every setting, from keyword arguments, the environment, or a YAML file.
+
+Precedence: keyword arguments (and vLLM's ``kv_connector_extra_config``), then ``KVBLEND_*``
+variables, then the YAML file named by ``KVBLEND_CONFIG_FILE``, then the defaults below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from kvblend_rag.errors import ConfigError
+
+CONFIG_FILE_VARIABLE = "KVBLEND_CONFIG_FILE"
+_PREFIX = "KVBLEND_"
+
+IngestContextKind = Literal["none", "bos", "header", "document"]
+
+
+def _cache_home() -> str:
+    return os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+
+
+def _default_store() -> str:
+    return str(Path(_cache_home()) / "kvblend" / "store")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendConfig:
+    """Settings of the chunk store and of blending. Immutable, picklable, printable."""
+
+    enable_blending: bool = True
+    """Off: every request is an ordinary prefill; ingest still works."""
+
+    chunk_size: int = 256
+    """Longest chunk, in tokens; a longer text is split at natural boundaries."""
+
+    local_device: Literal["cpu", "disk"] = "cpu"
+    """``cpu`` keeps chunks in host memory in front of the disk; ``disk`` reads them from disk each time."""
+
+    store_path: str = field(default_factory=_default_store)
+    """Folder of the chunk store; created when missing."""
+
+    max_memory_gb: float = 4.0
+    """Bound of the host-memory tier, in GiB; the least recently used chunks leave first."""
+
+    max_disk_gb: float = 50.0
+    """Bound of the disk tier, in GiB."""
+
+    selector: str = "question"
+    """Which reused tokens are recomputed: ``none``, ``everything``, ``first``, ``deviation``, ``question``."""
+
+    recompute_ratio: float = 0.15
+    """Share of the reused tokens that is recomputed, 0 to 1."""
+
+    span_size: int = 16
+    """Tokens are recomputed in spans of this length."""
+
+    min_run: int = 16
+    """A shorter run of chunk tokens in a prompt is computed, not reused."""
+
+    ingest_context: IngestContextKind = "document"
+    """What a chunk's KV is computed behind: nothing, the first special token, the prompt's header,
+    or the header and a generic document (part of the chunk's key)."""
+
+    system_prompt: str | None = None
+    """System text of the header in the ingest context; give the application's own for the best answers."""
+
+    tenant: str = ""
+    """Chunks of one tenant are invisible to all others."""
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, **overrides: Any) -> BlendConfig:
+        """The effective configuration.
+
+        Raises:
+            ConfigError: an unknown key (the nearest known one is named), a value of the wrong type
+                or out of range, or a file that can't be read.
+        """
+        file = path if path is not None else os.environ.get(CONFIG_FILE_VARIABLE)
+        values: dict[str, Any] = {}
+        if file:
+            values.update(cls._checked(_read_yaml(Path(file)), f"in {file}"))
+        values.update(cls._checked(_from_environment(cls), "in the environment", parse=True))
+        values.update(cls._checked(overrides, "among the arguments"))
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> BlendConfig:
+        """A copy with some settings changed, checked like any other input."""
+        return dataclasses.replace(self, **self._checked(changes, "among the arguments"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting with its effective value, JSON-able."""
+        return dataclasses.asdict(self)
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("chunk_size", 16, 65_536),
+            ("max_memory_gb", 0, 1e6),
+            ("max_disk_gb", 0, 1e9),
+            ("recompute_ratio", 0, 1),
+            ("span_size", 1, 4_096),
+            ("min_run", 1, 65_536),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"{name} is {value}, and must lie between {low} and {high:g}.")
+
+    @classmethod
+    def _checked(cls, given: Mapping[str, Any], where: str, parse: bool = False) -> dict[str, Any]:
+        hints = get_type_hints(cls)
+        checked = {}
+        for name, value in given.items():
+            if name not in hints:
+                near = difflib.get_close_matches(name, hints, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else f" Known keys: {', '.join(sorted(hints))}."
+                raise ConfigError(f"Unknown key {name!r} {where}.{hint}")
+            if parse:
+                value = yaml.safe_load(value) if hints[name] not in (str, str | None) else value
+            checked[name] = _as_type(name, value, hints[name], where)
+        return checked
+
+
+def _from_environment(config: type[BlendConfig]) -> dict[str, str]:
+    names = {_PREFIX + f.name.upper(): f.name for f in dataclasses.fields(config)}
+    return {name: os.environ[variable] for variable, name in names.items() if variable in os.environ}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The configuration file {path} can't be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration file {path} is not YAML: {error}".splitlines()[0]) from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"The configuration file {path} must hold `key: value` lines.")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _as_type(name: str, value: Any, kind: Any, where: str) -> Any:
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise ConfigError(f"{name} {where} is {value!r}, and must be one of {', '.join(get_args(kind))}.")
+    if kind is float and type(value) is int:
+        return float(value)
+    wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")
+    fits = value is None or isinstance(value, str) if kind == str | None else type(value) is kind
+    if not fits:
+        raise ConfigError(f"{name} {where} is {value!r}, and must be {wanted}.")
+    return value
+
+
+__all__ = ["CONFIG_FILE_VARIABLE", "BlendConfig", "IngestContextKind"]

@@ -1,0 +1,1 @@
+"""The bundled reader, its documents and its questions."""

@@ -1,0 +1,1 @@
+"""Which reused tokens are recomputed: one file a method, found by name."""

@@ -1,0 +1,1 @@
+"""Blending inside vLLM: the only folder that imports it."""
