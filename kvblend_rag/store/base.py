@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
+
+from kvblend_rag.blend.chunk import TokenIds
+
+
+@dataclass(frozen=True, eq=False)
+class StoredChunk:
+    """A chunk as a tier keeps it: its KV, and what is needed to list it in a catalogue again."""
+
+    key: str
+    namespace: str
+    token_ids: TokenIds
+    """int32, shape (tokens,)."""
+    kv: torch.Tensor
+    """Shape (layers, 2, kv_heads, tokens, head_dim), on the host."""
 
 
 class ChunkStore(ABC):
@@ -20,8 +35,10 @@ class ChunkStore(ABC):
     """The tier's name in reports: ``memory``, ``disk``, …"""
 
     @abstractmethod
-    def put(self, key: str, kv: torch.Tensor) -> None:
+    def put(self, chunk: StoredChunk) -> None:
         """Keep a chunk; when this returns, the tier has done all it promises (the disk: fsync).
+
+        The tensor may be kept without a copy: the caller must not write to it afterwards.
 
         Raises:
             StoreFull: no space is left.
@@ -29,14 +46,18 @@ class ChunkStore(ABC):
         """
 
     @abstractmethod
-    def get(self, key: str) -> torch.Tensor:
-        """A chunk's KV; the caller must not write to it.
+    def read(self, key: str) -> StoredChunk:
+        """A chunk, whole; the caller must not write to its tensor.
 
         Raises:
             ChunkMissing: the tier doesn't hold it.
             ChunkDamaged: it fails its checksum; the tier has put it out of the way.
             StoreError: the tier can't be read.
         """
+
+    def get(self, key: str) -> torch.Tensor:
+        """A chunk's KV alone; raises what ``read`` raises."""
+        return self.read(key).kv
 
     @abstractmethod
     def contains(self, key: str) -> bool:
@@ -46,9 +67,24 @@ class ChunkStore(ABC):
     def delete(self, keys: Iterable[str]) -> None:
         """Forget chunks; unknown keys are passed over."""
 
+    def delete_unheld(self, keys: Iterable[str]) -> list[str]:
+        """Forget those of the chunks that no document holds, and return their keys.
+
+        A tier without a catalogue knows of no documents, so it forgets all of them.
+        """
+        keys = list(keys)
+        self.delete(keys)
+        return keys
+
+    def touch(self, key: str) -> None:  # noqa: B027, most tiers notice their own use
+        """Count a use that a faster tier served, so that what is hot there doesn't grow old here."""
+
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes the tier holds now."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027, most tiers hold nothing open
         """Let go of what the tier holds open; a second call does nothing."""
+
+
+__all__ = ["ChunkStore", "StoredChunk"]

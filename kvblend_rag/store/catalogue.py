@@ -1,0 +1,215 @@
+"""Catalogue: which chunks the store holds whole, their token ids, and which documents want them.
+
+One SQLite file, written by any number of processes and threads. It knows keys and token ids and never
+opens a tensor. Two rules keep it true:
+
+- files before rows: a row is added after its tensors are durable, and removed before they go;
+- holds before rows: a document holds its keys before it asks which are ``missing``, so that a release
+  elsewhere can't take them away in between.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from kvblend_rag.blend.chunk import TokenIds
+from kvblend_rag.store import tables
+from kvblend_rag.store.database import Database
+from kvblend_rag.store.layout import StoreLayout
+from kvblend_rag.store.tables import ANONYMOUS, ChunkRow
+
+
+class Document(NamedTuple):
+    """A document and the number of chunks it holds."""
+
+    tenant: str
+    document_id: str
+    chunks: int
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What became visible and what went, in one namespace since a cursor."""
+
+    added: list[tuple[str, TokenIds]]
+    """Key and token ids, int32, shape (tokens,)."""
+    removed: list[str]
+    cursor: int
+    """To be passed to the next call."""
+    reset: bool
+    """Removals since the cursor are no longer on record: forget what is known, ``added`` is all of it."""
+
+
+class Catalogue:
+    """The catalogue of the store at ``root``; opening it creates what is missing.
+
+    Raises (every method):
+        StoreFull: no space is left.
+        StoreError: the file is damaged, can't be written, or stays locked by another process.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        layout = StoreLayout(Path(root))
+        layout.create()
+        self._database = Database(layout, tables.SCHEMA)
+        self._seen: int | None = None
+
+    def add(
+        self, key: str, namespace: str, token_ids: TokenIds, rank: int, shard_count: int, nbytes: int
+    ) -> None:
+        """Register a rank's part of a chunk, whose file is durable; the last rank makes it visible."""
+        self.add_rows([ChunkRow(key, namespace, token_ids, rank, shard_count, nbytes)])
+
+    def add_rows(self, rows: Iterable[ChunkRow]) -> None:
+        """``add`` for many, in one transaction."""
+        with self._database.writing() as sql:
+            for row in rows:
+                tables.add(sql, row)
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those of the keys, in their order, that aren't registered by all their ranks."""
+        keys = list(dict.fromkeys(keys))
+        with self._database.reading() as sql:
+            found = sql.execute(
+                f"SELECT key FROM chunk WHERE complete AND {tables.AMONG}", (json.dumps(keys),)
+            )
+            present = {key for (key,) in found}
+        return [key for key in keys if key not in present]
+
+    def remove(self, keys: Iterable[str], unless_held: bool = False) -> list[str]:
+        """Drop the rows of chunks, before their files go; returns the keys that have no row now.
+
+        Args:
+            keys: unknown ones are passed over.
+            unless_held: leave those that a document holds.
+        """
+        keys = list(dict.fromkeys(keys))
+        with self._database.writing() as sql:
+            if unless_held:
+                keys = tables.without_holder(sql, keys)
+            sql.execute(
+                f"DELETE FROM document WHERE document_id = ? AND {tables.AMONG}",
+                (ANONYMOUS, json.dumps(keys)),
+            )
+            tables.forget(sql, keys)
+        return keys
+
+    def hold(self, document_id: str, keys: Iterable[str], tenant: str = "") -> None:
+        """Let a document hold further chunks, stored or about to be; ``ANONYMOUS`` holds for nobody."""
+        with self._database.writing() as sql:
+            tables.hold(sql, tenant, document_id, keys)
+
+    def replace_holds(self, document_id: str, keys: Iterable[str], tenant: str = "") -> list[str]:
+        """Let an edited document hold exactly these chunks; returns the keys nobody holds any more."""
+        with self._database.writing() as sql:
+            before = tables.let_go(sql, tenant, document_id)
+            tables.hold(sql, tenant, document_id, keys)
+            return tables.without_holder(sql, before)
+
+    def release(self, document_id: str, tenant: str = "") -> list[str]:
+        """Forget a document; returns the keys nobody holds any more (``ChunkStore.delete_unheld``)."""
+        with self._database.writing() as sql:
+            return tables.without_holder(sql, tables.let_go(sql, tenant, document_id))
+
+    def held(self, keys: Iterable[str]) -> set[str]:
+        """Those of the keys that some document holds."""
+        with self._database.reading() as sql:
+            return tables.held(sql, list(keys))
+
+    def unheld(self) -> list[str]:
+        """Chunks with a row that no document holds."""
+        with self._database.reading() as sql:
+            rows = sql.execute("SELECT key FROM chunk WHERE key NOT IN (SELECT key FROM document)")
+            return [key for (key,) in rows]
+
+    def documents(self) -> list[Document]:
+        """Every document but the anonymous ones."""
+        with self._database.reading() as sql:
+            rows = sql.execute(
+                "SELECT tenant, document_id, count(*) FROM document WHERE document_id <> ? GROUP BY 1, 2",
+                (ANONYMOUS,),
+            )
+            return [Document(*row) for row in rows]
+
+    def rows(self) -> list[ChunkRow]:
+        """Every registration, complete or not; the token ids of a damaged row are empty."""
+        with self._database.reading() as sql:
+            rows = sql.execute(
+                "SELECT key, namespace, token_ids, rank, shard_count, nbytes, checksum"
+                " FROM chunk JOIN shard USING (key)"
+            )
+            return [
+                ChunkRow(key, space, tables.token_ids(key, space, blob, checksum), rank, shard_count, nbytes)
+                for key, space, blob, rank, shard_count, nbytes, checksum in rows
+            ]
+
+    def changes_since(self, cursor: int, namespace: str) -> Changes:
+        """What to do to what was known at ``cursor`` (0: nothing) to know what is visible now.
+
+        Rows that fail their checksum are left out. A key is in at most one of the lists.
+        """
+        version = self._database.version()  # before reading: what comes in between is seen twice, not never
+        with self._database.reading() as sql:
+            (newest,) = sql.execute("SELECT coalesce(max(id), 0) FROM change").fetchone()
+            (horizon,) = sql.execute("SELECT coalesce(max(id), 0) FROM forgotten").fetchone()
+            # a cursor from the future was taken before the catalogue was made anew
+            reset = 0 < cursor < horizon or cursor > newest
+            rows = sql.execute(
+                "SELECT key, present, token_ids, checksum FROM change LEFT JOIN chunk USING (key)"
+                " WHERE change.namespace = ? AND id > ? ORDER BY id",
+                (namespace, 0 if reset else cursor),
+            ).fetchall()
+        self._seen = version
+        read = (
+            (key, tables.token_ids(key, namespace, blob, sum_))
+            for key, present, blob, sum_ in rows
+            if present
+        )
+        return Changes(
+            added=[(key, token_ids) for key, token_ids in read if token_ids.size],
+            removed=[key for key, present, *_ in rows if not present] if cursor and not reset else [],
+            cursor=newest,
+            reset=reset,
+        )
+
+    def changed(self) -> bool:
+        """Whether anybody committed since this object's last ``changes_since``; takes some 5 µs."""
+        return self._database.version() != self._seen
+
+    def stats(self) -> dict[str, int]:
+        """Visible ``chunks``, their ``tokens`` and ``bytes``; ``namespaces``, ``documents``."""
+        with self._database.reading() as sql:
+            chunks, tokens, namespaces = sql.execute(
+                "SELECT count(*), coalesce(sum(length(token_ids)), 0) / 4, count(DISTINCT namespace)"
+                " FROM chunk WHERE complete"
+            ).fetchone()
+            (nbytes,) = sql.execute(
+                "SELECT coalesce(sum(nbytes), 0) FROM shard JOIN chunk USING (key) WHERE complete"
+            ).fetchone()
+            (documents,) = sql.execute(
+                "SELECT count(*) FROM"
+                " (SELECT DISTINCT tenant, document_id FROM document WHERE document_id <> ?)",
+                (ANONYMOUS,),
+            ).fetchone()
+        return {
+            "chunks": chunks,
+            "tokens": tokens,
+            "bytes": nbytes,
+            "namespaces": namespaces,
+            "documents": documents,
+        }
+
+    def verify(self) -> None:
+        """Read the whole file; raises ``StoreError`` when it is damaged."""
+        self._database.verify()
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        self._database.close()
+
+
+__all__ = ["ANONYMOUS", "Catalogue", "Changes", "ChunkRow", "Document"]

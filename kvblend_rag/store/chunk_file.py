@@ -1,0 +1,196 @@
+"""One chunk on disk: a safetensors file that can't be half written and can't be misread.
+
+The tensors are ``kv`` (layers, 2, kv_heads, tokens, head_dim) and ``token_ids`` (int32); the metadata
+are format, key, namespace, shard and checksum. The checksum (BLAKE3) covers every byte of the file,
+header included, with its own digits taken as zeros.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from blake3 import blake3
+
+from kvblend_rag.errors import ChunkDamaged, ChunkMissing, StoreError
+from kvblend_rag.store.base import StoredChunk
+from kvblend_rag.store.layout import Shard, StoreLayout, mark_used, store_error, sync_folder
+
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_BLANK = b"0" * 64
+_CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
+_ALIGNMENT = 64
+_MAX_HEADER = 65_536
+
+
+def encode_chunk(layout: StoreLayout, chunk: StoredChunk, shard: Shard) -> list[memoryview]:
+    """The bytes of a chunk's file, in parts that aren't copied together.
+
+    Raises:
+        StoreError: no chunk: another shape or dtype, or on a device.
+    """
+    kv = chunk.kv.detach().contiguous()
+    token_ids = np.ascontiguousarray(chunk.token_ids, dtype="<i4")
+    if kv.device.type != "cpu" or kv.dtype not in _DTYPE_NAMES:
+        known = ", ".join(map(str, _DTYPE_NAMES))
+        raise StoreError(
+            f"A {kv.dtype} tensor on {kv.device} can't be stored: give one of {known} on the host."
+        )
+    if kv.ndim != 5 or kv.shape[1] != 2 or token_ids.shape != (kv.shape[3],):
+        raise StoreError(
+            f"KV of shape {tuple(kv.shape)} for {token_ids.size} tokens can't be stored: "
+            "it must be (layers, 2, kv_heads, tokens, head_dim)."
+        )
+    nbytes = kv.nbytes
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": str(layout.version),
+            "key": chunk.key,
+            "namespace": chunk.namespace,
+            "shard": _shard_name(shard),
+            "checksum": _BLANK.decode(),
+        },
+        "kv": {"dtype": _DTYPE_NAMES[kv.dtype], "shape": list(kv.shape), "data_offsets": [0, nbytes]},
+        "token_ids": {
+            "dtype": "I32",
+            "shape": list(token_ids.shape),
+            "data_offsets": [nbytes, nbytes + token_ids.nbytes],
+        },
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    size = len(text).to_bytes(8, "little")
+    # one thread: BLAKE3's pool hangs in a process forked after its first use, and vLLM forks
+    digest = blake3(size + text)
+    data = [kv.view(-1).view(torch.uint8).numpy().data, token_ids.data.cast("B")]
+    for part in data:
+        digest.update(part)
+    head = size + text.replace(_BLANK, digest.hexdigest().encode(), 1)
+    return [memoryview(head), *data]
+
+
+def write_chunk(layout: StoreLayout, path: Path, parts: list[memoryview]) -> None:
+    """Write a file so that its name stands for all of it or for nothing.
+
+    When this returns, contents and name survive a power cut.
+
+    Raises:
+        StoreFull: no space is left; nothing is left behind.
+        StoreError: the file can't be written.
+    """
+    temporary = layout.temporary_path(path)
+    try:
+        if not path.parent.is_dir():
+            path.parent.mkdir(exist_ok=True)
+            sync_folder(path.parent.parent)
+        try:
+            _write_file(temporary, parts)
+            with layout.lock():
+                os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise store_error(error, path, "written") from error
+
+
+def read_chunk(layout: StoreLayout, path: Path, key: str, shard: Shard) -> StoredChunk:
+    """Read and verify one rank's part of a chunk; nothing unverified is ever returned.
+
+    Raises:
+        ChunkMissing: there is no such file.
+        ChunkDamaged: it isn't, byte for byte, what was written for this key and shard.
+        StoreError: it can't be read.
+    """
+    try:
+        raw = _read_file(path)
+    except FileNotFoundError as error:
+        raise ChunkMissing(f"Chunk {key} is not in the store: ingest its text again.") from error
+    except OSError as error:
+        raise store_error(error, path, "read") from error
+    header, start = _verified_header(layout, raw, path)
+    metadata = header["__metadata__"]
+    written = (metadata["key"], metadata["shard"])
+    if written != (key, _shard_name(shard)):
+        raise _damaged(path, f"holds chunk {written[0]}, shard {written[1]}")
+    token_ids = _slice(raw, header["token_ids"], start).numpy().tobytes()
+    kv = _slice(raw, header["kv"], start).view(_DTYPES[header["kv"]["dtype"]]).view(header["kv"]["shape"])
+    return StoredChunk(key, metadata["namespace"], np.frombuffer(token_ids, dtype="<i4"), kv)
+
+
+def _write_file(path: Path, parts: list[memoryview]) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # tells a clean-up that the writer is alive
+        for part in parts:
+            while part:
+                part = part[os.write(descriptor, part) :]
+        mark_used(descriptor)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_file(path: Path) -> torch.Tensor:
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            raw = torch.empty(size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise StoreError(f"{path} takes {size:,} bytes, more than there is memory for.") from error
+        rest = raw.numpy().data
+        while rest and (count := file.readinto(rest)):
+            rest = rest[count:]
+    return raw[: raw.numel() - len(rest)]
+
+
+def _verified_header(layout: StoreLayout, raw: torch.Tensor, path: Path) -> tuple[dict[str, Any], int]:
+    view = raw.numpy().data
+    start = 8 + int.from_bytes(view[:8], "little")
+    if not 8 < start <= min(len(view), _MAX_HEADER):
+        raise _damaged(path, "is cut short or has no header")
+    head = bytes(view[:start])
+    found = _CHECKSUM.search(head)
+    if found is None:
+        raise _damaged(path, "has no checksum")
+    digest = blake3(head[: found.start(1)] + _BLANK + head[found.end(1) :])
+    digest.update(view[start:])
+    if digest.hexdigest().encode() != found[1]:
+        raise _damaged(path, "fails its checksum")
+    # from here on the header is what a writer wrote, if not necessarily this version's
+    header: dict[str, Any] = json.loads(head[8:])
+    version = header["__metadata__"].get("format")
+    if version != str(layout.version):
+        raise _damaged(path, f"has format {version}, and this release reads {layout.version}")
+    return header, start
+
+
+def _slice(raw: torch.Tensor, entry: dict[str, Any], start: int) -> torch.Tensor:
+    first, last = entry["data_offsets"]
+    return raw[start + first : start + last]
+
+
+def _shard_name(shard: Shard) -> str:
+    return f"{shard[0]}of{shard[1]}"
+
+
+def _damaged(path: Path, how: str) -> ChunkDamaged:
+    return ChunkDamaged(f"{path} {how}: ingest the chunk's text again.")
+
+
+__all__ = ["encode_chunk", "read_chunk", "write_chunk"]

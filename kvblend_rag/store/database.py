@@ -1,0 +1,133 @@
+"""Database: one SQLite file for many threads and processes, with errors that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Iterator
+
+from kvblend_rag.errors import StoreError, StoreFull
+from kvblend_rag.store.layout import StoreLayout
+
+_BUSY_S = 30.0
+
+
+class CatalogueDamaged(StoreError):
+    """The file is no SQLite database any more, or not the catalogue's."""
+
+
+class Database:
+    """A write-ahead-logged file behind two connections: one writes, one reads.
+
+    They are two because ``PRAGMA data_version`` tells only of commits by other connections.
+    Commits are fsynced (``synchronous=FULL``): the cheaper NORMAL may lose the last ones in a power cut,
+    and an acknowledged ingest must survive one. That is one fsync beside the tensors' two.
+    """
+
+    def __init__(self, layout: StoreLayout, schema: str) -> None:
+        """Open the file, creating it from ``schema`` when it is missing.
+
+        Raises:
+            StoreError: it is damaged, of a later version, or can't be written.
+        """
+        self._path = layout.catalogue
+        self._lock = {True: threading.RLock(), False: threading.RLock()}
+        with self._explained(), layout.lock():  # turning WAL on doesn't wait for other openers
+            self._writer = self._connect()
+            self._reader = self._connect()
+            (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+            if version > layout.version:
+                raise StoreError(
+                    f"{self._path} has format {version}, and this release reads {layout.version}: "
+                    "upgrade kvblend-rag, or choose another store_path."
+                )
+            if version < layout.version:
+                self._writer.executescript(f"{schema}; PRAGMA user_version = {layout.version};")
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that no other writer runs beside; an exception undoes it."""
+        with self._lock[True], self._explained():
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that sees one moment."""
+        with self._lock[False], self._explained():
+            self._reader.execute("BEGIN")
+            try:
+                yield self._reader
+            finally:
+                if self._reader.in_transaction:
+                    self._reader.execute("COMMIT")
+
+    def version(self) -> int:
+        """A number that differs whenever somebody committed in between; 5 µs, so no transaction."""
+        with self._lock[False], self._explained():
+            return int(self._reader.execute("PRAGMA data_version").fetchone()[0])
+
+    def verify(self) -> None:
+        """Read the whole file.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        with self.reading() as sql:
+            (answer,) = sql.execute("PRAGMA quick_check(1)").fetchone()
+            if answer != "ok":
+                raise sqlite3.DatabaseError(answer)
+
+    def close(self) -> None:
+        """Close both connections; a second call does nothing."""
+        with self._lock[True], self._lock[False]:
+            self._reader.close()
+            self._writer.close()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+        )
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        return connection
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
+
+    def _explain(self, error: sqlite3.Error) -> StoreError:
+        # by text: sqlite_errorcode came with Python 3.11
+        text = str(error)
+        if "is full" in text:
+            return StoreFull(f"No space is left for {self._path}: free some, or choose another store_path.")
+        if "locked" in text:
+            return StoreError(
+                f"{self._path} has been locked for {_BUSY_S:.0f} s by another process: try again."
+            )
+        if "readonly" in text or "unable to open" in text:
+            return StoreError(
+                f"{self._path} can't be written: give this user write permission, "
+                "or choose another store_path."
+            )
+        if "closed" in text:
+            return StoreError(f"{self._path} was closed: open the store again.")
+        if "disk I/O" in text:
+            return StoreError(f"{self._path} can't be read or written ({text}): check the device.")
+        return CatalogueDamaged(
+            f"The catalogue {self._path} is damaged ({text}): stop what uses the store and run "
+            "`kvblend store check --repair`, which rebuilds it from the chunk files."
+        )
+
+
+__all__ = ["CatalogueDamaged", "Database"]

@@ -1,0 +1,150 @@
+"""The catalogue's tables, and what may be done to them inside a transaction."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from kvblend_rag.blend.chunk import TokenIds, as_token_ids
+from kvblend_rag.errors import StoreError
+from kvblend_rag.store.layout import checked_key
+
+ANONYMOUS = ""
+"""The document that holds chunks ingested without a document id."""
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS chunk(
+    key TEXT PRIMARY KEY, namespace TEXT NOT NULL, token_ids BLOB NOT NULL, shard_count INTEGER NOT NULL,
+    complete INTEGER NOT NULL DEFAULT 0, checksum BLOB NOT NULL, created REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS shard(
+    key TEXT NOT NULL, rank INTEGER NOT NULL, nbytes INTEGER NOT NULL, PRIMARY KEY(key, rank)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS document(
+    tenant TEXT NOT NULL, document_id TEXT NOT NULL, key TEXT NOT NULL,
+    PRIMARY KEY(tenant, document_id, key)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS document_key ON document(key);
+-- the newest change of each key; ids only grow, so whoever knows an id can follow from there
+CREATE TABLE IF NOT EXISTS change(
+    id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE, namespace TEXT NOT NULL,
+    present INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS change_namespace ON change(namespace, id);
+CREATE INDEX IF NOT EXISTS change_removed ON change(id) WHERE NOT present;
+CREATE TABLE IF NOT EXISTS forgotten(id INTEGER NOT NULL);
+"""
+AMONG = "key IN (SELECT value FROM json_each(?))"
+_REMOVALS_KEPT = 100_000
+
+
+class ChunkRow(NamedTuple):
+    """One rank's registration of a chunk, and all that is known of it."""
+
+    key: str
+    namespace: str
+    token_ids: TokenIds
+    rank: int
+    shard_count: int
+    nbytes: int
+
+
+def add(sql: sqlite3.Connection, row: ChunkRow) -> None:
+    """Register a rank's part of a chunk; the last of its ranks makes it visible."""
+    if not 0 <= row.rank < row.shard_count or not len(row.token_ids):
+        raise StoreError(
+            f"Chunk {row.key} can't be listed as rank {row.rank} of {row.shard_count}"
+            f" with {len(row.token_ids)} tokens."
+        )
+    blob = as_token_ids(row.token_ids).tobytes()
+    checksum = _checksum(row.key, row.namespace, blob)
+    known = sql.execute("SELECT shard_count, checksum FROM chunk WHERE key = ?", (row.key,)).fetchone()
+    if known is not None and known != (row.shard_count, checksum):
+        forget(sql, [row.key])  # written by another number of ranks, whose parts don't fit ours
+    sql.execute(
+        "INSERT OR IGNORE INTO chunk(key, namespace, token_ids, shard_count, checksum, created)"
+        " VALUES (?, ?, ?, ?, ?, ?)",
+        (checked_key(row.key), row.namespace, blob, row.shard_count, checksum, time.time()),
+    )
+    sql.execute("INSERT OR REPLACE INTO shard VALUES (?, ?, ?)", (row.key, row.rank, row.nbytes))
+    completed = sql.execute(
+        "UPDATE chunk SET complete = 1 WHERE key = ? AND NOT complete"
+        " AND shard_count = (SELECT count(*) FROM shard WHERE key = ?)",
+        (row.key, row.key),
+    )
+    if completed.rowcount:
+        sql.execute(
+            "INSERT OR REPLACE INTO change(key, namespace, present) VALUES (?, ?, 1)",
+            (row.key, row.namespace),
+        )
+
+
+def forget(sql: sqlite3.Connection, keys: list[str]) -> None:
+    """Drop chunks whole, and put the visible ones on record as removed."""
+    among = (json.dumps(keys),)
+    sql.execute(
+        "INSERT OR REPLACE INTO change(key, namespace, present)"
+        f" SELECT key, namespace, 0 FROM chunk WHERE complete AND {AMONG}",
+        among,
+    )
+    sql.execute(f"DELETE FROM shard WHERE {AMONG}", among)
+    sql.execute(f"DELETE FROM chunk WHERE {AMONG}", among)
+    # a store that evicts all day would grow by its removals, so the oldest leave the record
+    (horizon,) = sql.execute("SELECT coalesce(max(id), 0) - ? FROM change", (_REMOVALS_KEPT,)).fetchone()
+    if sql.execute("DELETE FROM change WHERE NOT present AND id <= ?", (horizon,)).rowcount:
+        sql.execute("DELETE FROM forgotten")
+        sql.execute("INSERT INTO forgotten VALUES (?)", (horizon,))
+
+
+def hold(sql: sqlite3.Connection, tenant: str, document_id: str, keys: Iterable[str]) -> None:
+    """Let a document hold further keys."""
+    rows = [(tenant, document_id, checked_key(key)) for key in keys]
+    sql.executemany("INSERT OR IGNORE INTO document VALUES (?, ?, ?)", rows)
+
+
+def let_go(sql: sqlite3.Connection, tenant: str, document_id: str) -> list[str]:
+    """Forget a document; returns what it held."""
+    document = (tenant, document_id)
+    rows = sql.execute("SELECT key FROM document WHERE tenant = ? AND document_id = ?", document).fetchall()
+    sql.execute("DELETE FROM document WHERE tenant = ? AND document_id = ?", document)
+    return [key for (key,) in rows]
+
+
+def held(sql: sqlite3.Connection, keys: list[str]) -> set[str]:
+    """Those of the keys that some document holds."""
+    rows = sql.execute(f"SELECT DISTINCT key FROM document WHERE {AMONG}", (json.dumps(keys),))
+    return {key for (key,) in rows}
+
+
+def without_holder(sql: sqlite3.Connection, keys: list[str]) -> list[str]:
+    """Those of the keys, in their order, that no document holds."""
+    kept = held(sql, keys)
+    return [key for key in keys if key not in kept]
+
+
+def _checksum(key: str, namespace: str, blob: bytes) -> bytes:
+    # SQLite has none of its own, and one flipped token would match a prompt the KV doesn't belong to
+    return hashlib.blake2b(f"{key} {namespace} ".encode() + blob, digest_size=8).digest()
+
+
+def token_ids(key: str, namespace: str, blob: bytes, checksum: bytes) -> TokenIds:
+    """A row's token ids, int32, shape (tokens,); empty when the row fails its checksum."""
+    sound = _checksum(key, namespace, blob) == checksum
+    return np.frombuffer(blob if sound else b"", dtype=np.int32)
+
+
+__all__ = [
+    "AMONG",
+    "ANONYMOUS",
+    "SCHEMA",
+    "ChunkRow",
+    "add",
+    "forget",
+    "held",
+    "hold",
+    "let_go",
+    "token_ids",
+    "without_holder",
+]

@@ -1,0 +1,117 @@
+"""TieredStore: fast tiers in front of a durable one, as one store."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from kvblend_rag.errors import ChunkMissing, StoreError
+from kvblend_rag.store.base import ChunkStore, StoredChunk
+
+
+class TieredStore(ChunkStore):
+    """Reads from the fastest tier that holds a chunk, writes through to all.
+
+    The last tier is the durable one: its errors are the caller's to know. The others are caches, and
+    what goes wrong in them costs time only.
+
+    Args:
+        tiers: at least one, the fastest first.
+    """
+
+    name = "tiered"
+
+    def __init__(self, tiers: Sequence[ChunkStore]) -> None:
+        *self._caches, self._durable = tiers
+
+    @property
+    def tiers(self) -> tuple[ChunkStore, ...]:
+        """The tiers, the fastest first."""
+        return (*self._caches, self._durable)
+
+    def put(self, chunk: StoredChunk) -> None:
+        """Write a chunk to the durable tier, then keep it in the caches."""
+        self._durable.put(chunk)
+        self._promote(chunk, self._caches)
+
+    def read(self, key: str) -> StoredChunk:
+        """A chunk from the fastest tier that holds it, which then stands in all faster ones."""
+        return self._read(key)[0]
+
+    def get_with_tier(self, key: str) -> tuple[torch.Tensor, str]:
+        """A chunk's KV and the name of the tier it came from; raises what ``read`` raises."""
+        chunk, tier = self._read(key)
+        return chunk.kv, tier
+
+    def locate(self, key: str) -> str | None:
+        """The name of the fastest tier that holds a chunk, if any."""
+        return next((tier.name for tier in self.tiers if tier.contains(key)), None)
+
+    def prefetch(self, keys: Iterable[str]) -> int:
+        """Bring chunks into the caches, so far as these have room; returns how many are in the fastest now.
+
+        A chunk that can't be read is passed over: whoever needs it will be told.
+        """
+        keys = list(dict.fromkeys(keys))
+        for key in keys:
+            if not self.tiers[0].contains(key):
+                with contextlib.suppress(StoreError):
+                    self.read(key)
+        return sum(self.tiers[0].contains(key) for key in keys)
+
+    def contains(self, key: str) -> bool:
+        """Whether any tier holds the chunk."""
+        return self.locate(key) is not None
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Forget chunks in every tier."""
+        keys = list(keys)
+        for tier in reversed(self.tiers):
+            tier.delete(keys)
+
+    def delete_unheld(self, keys: Iterable[str]) -> list[str]:
+        """Forget, in every tier, those of the chunks that no document holds; returns their keys."""
+        gone = self._durable.delete_unheld(keys)
+        for tier in self._caches:
+            tier.delete(gone)
+        return gone
+
+    def touch(self, key: str) -> None:
+        """Count a use in every tier."""
+        for tier in self.tiers:
+            tier.touch(key)
+
+    def nbytes(self) -> int:
+        """Bytes in the durable tier; the caches hold nothing that it doesn't."""
+        return self._durable.nbytes()
+
+    def close(self) -> None:
+        """Close every tier."""
+        for tier in self.tiers:
+            tier.close()
+
+    def _read(self, key: str) -> tuple[StoredChunk, str]:
+        problem: StoreError | None = None
+        for depth, tier in enumerate(self.tiers):
+            try:
+                chunk = tier.read(key)
+            except StoreError as error:
+                # damage in one tier outranks absence from the next
+                problem = error if problem is None or isinstance(problem, ChunkMissing) else problem
+                continue
+            self._promote(chunk, self._caches[:depth])
+            for slower in self.tiers[depth + 1 :]:
+                slower.touch(key)
+            return chunk, tier.name
+        assert problem is not None
+        raise problem
+
+    def _promote(self, chunk: StoredChunk, caches: Sequence[ChunkStore]) -> None:
+        for cache in caches:
+            with contextlib.suppress(StoreError):
+                cache.put(chunk)
+
+
+__all__ = ["TieredStore"]

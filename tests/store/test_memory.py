@@ -1,0 +1,89 @@
+import threading
+
+import pytest
+import torch
+
+from kvblend_rag.errors import ChunkMissing
+from kvblend_rag.store import MemoryStore, StoredChunk
+
+
+def test_the_least_recently_used_leaves_first(make):
+    one = make(1).kv.nbytes
+    store = MemoryStore(3 * one)
+    chunks = [make(number) for number in range(4)]
+    for chunk in chunks[:3]:
+        store.put(chunk)
+    store.read(chunks[0].key)
+    store.put(chunks[3])
+    assert [store.contains(chunk.key) for chunk in chunks] == [True, False, True, True]
+    assert store.nbytes() == 3 * one
+    with pytest.raises(ChunkMissing):
+        store.get(chunks[1].key)
+
+
+def test_what_does_not_fit_is_silently_not_kept(make):
+    small, large = make(1), make(2, tokens=64)
+    store = MemoryStore(small.kv.nbytes)
+    store.put(small)
+    store.put(large)
+    assert store.contains(small.key)
+    assert not store.contains(large.key)
+    nothing = MemoryStore(0)
+    nothing.put(small)
+    assert nothing.nbytes() == 0
+    assert not nothing.contains(small.key)
+
+
+def test_put_again_replaces(make, same):
+    store = MemoryStore(1 << 20)
+    store.put(make(1))
+    again = StoredChunk(make(1).key, "model-a", make(1).token_ids, make(1).kv + 1)
+    store.put(again)
+    same(store.read(again.key), again)
+    assert store.nbytes() == again.kv.nbytes
+    store.delete([again.key, make(2).key])
+    assert store.nbytes() == 0
+
+
+def test_a_view_does_not_keep_its_whole_tensor_alive(make):
+    pool = torch.zeros(64, 2, 2, 8, 4)
+    chunk = make(1)
+    store = MemoryStore(1 << 20)
+    store.put(StoredChunk(chunk.key, chunk.namespace, chunk.token_ids, pool[:2]))
+    assert store.get(chunk.key).untyped_storage().nbytes() == store.nbytes()
+
+
+def test_threads_keep_the_count_right(make):
+    chunks = [make(number) for number in range(8)]
+    store = MemoryStore(4 * chunks[0].kv.nbytes)
+    failures = []
+
+    def work(seed):
+        for step in range(300):
+            chunk = chunks[(seed * 7 + step) % 8]
+            store.put(chunk)
+            try:
+                if not torch.equal(store.get(chunk.key), chunk.kv):
+                    failures.append("wrong tensor")
+            except ChunkMissing:
+                pass
+            if step % 5 == 0:
+                store.delete([chunk.key])
+            if store.nbytes() > 4 * chunk.kv.nbytes:
+                failures.append("over the bound")
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert store.nbytes() == sum(chunk.kv.nbytes for chunk in chunks if store.contains(chunk.key))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning needs CUDA")
+def test_pinned_copies(make, same):
+    store = MemoryStore(1 << 20, pin=True)
+    store.put(make(1))
+    assert store.get(make(1).key).is_pinned()
+    same(store.read(make(1).key), make(1))
