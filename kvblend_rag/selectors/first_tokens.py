@@ -1,0 +1,23 @@
+"""The first tokens of each chunk are recomputed (EPIC's LegoLink, https://arxiv.org/abs/2410.15332)."""
+
+from __future__ import annotations
+
+import torch
+
+from kvblend_rag.selectors.base import SelectionInput, Selector
+from kvblend_rag.selectors.spans import offsets_in_run
+
+
+class FirstTokensSelector(Selector):
+    """A chunk's first tokens were computed as attention sinks, and are none in the middle of a prompt."""
+
+    name = "first"
+
+    def select(self, given: SelectionInput) -> torch.Tensor:
+        """The first k tokens of each run, k as large as the budget allows, the rest to the first runs."""
+        mask = torch.zeros_like(given.positions, dtype=torch.bool)
+        mask[offsets_in_run(given.run).argsort(stable=True)[: given.budget]] = True
+        return mask
+
+
+__all__ = ["FirstTokensSelector"]
