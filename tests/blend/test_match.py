@@ -39,7 +39,7 @@ small = st.lists(st.integers(0, 2), min_size=16, max_size=60).map(lambda tokens:
 
 
 @given(st.lists(small, min_size=1, max_size=5), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_every_match_is_verified_and_none_overlap(chunks, data):
     parts = data.draw(st.lists(st.one_of(st.sampled_from(chunks), small), max_size=8))
     prompt = np.concatenate([*parts, np.zeros(0, np.int32)]).astype(np.int32)
