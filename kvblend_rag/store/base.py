@@ -20,13 +20,13 @@ class StoredChunk:
     token_ids: TokenIds
     """int32, shape (tokens,)."""
     kv: torch.Tensor
-    """Shape (layers, 2, kv_heads, tokens, head_dim), on the host."""
+    """Shape (layers, 2, tokens, kv_heads, head_dim), on the host."""
 
 
 class ChunkStore(ABC):
     """KV of chunks by key. Every method may be called from several threads.
 
-    A chunk's KV is one tensor of shape ``(layers, 2, kv_heads, tokens, head_dim)``: keys then values,
+    A chunk's KV is one tensor of shape ``(layers, 2, tokens, kv_heads, head_dim)``: keys then values,
     keys as they stand in vLLM's cache (rotated to the positions at which they were computed), in the
     dtype of the cache, on the host. With tensor parallelism it holds the rank's own heads.
     """

@@ -1,6 +1,6 @@
 """One chunk on disk: a safetensors file that can't be half written and can't be misread.
 
-The tensors are ``kv`` (layers, 2, kv_heads, tokens, head_dim) and ``token_ids`` (int32); the metadata
+The tensors are ``kv`` (layers, 2, tokens, kv_heads, head_dim) and ``token_ids`` (int32); the metadata
 are format, key, namespace, shard and checksum. The checksum (BLAKE3) covers every byte of the file,
 header included, with its own digits taken as zeros.
 """
@@ -49,10 +49,10 @@ def encode_chunk(layout: StoreLayout, chunk: StoredChunk, shard: Shard) -> list[
         raise StoreError(
             f"A {kv.dtype} tensor on {kv.device} can't be stored: give one of {known} on the host."
         )
-    if kv.ndim != 5 or kv.shape[1] != 2 or token_ids.shape != (kv.shape[3],):
+    if kv.ndim != 5 or kv.shape[1] != 2 or token_ids.shape != (kv.shape[2],):
         raise StoreError(
             f"KV of shape {tuple(kv.shape)} for {token_ids.size} tokens can't be stored: "
-            "it must be (layers, 2, kv_heads, tokens, head_dim)."
+            "it must be (layers, 2, tokens, kv_heads, head_dim)."
         )
     nbytes = kv.nbytes
     header: dict[str, Any] = {

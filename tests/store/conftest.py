@@ -15,12 +15,12 @@ def root(tmp_path):
 
 @pytest.fixture
 def make():
-    """Chunks by number, each its own; ``kv`` is (2, 2, 2, tokens, 4)."""
+    """Chunks by number, each its own; ``kv`` is (2, 2, tokens, 2, 4)."""
 
     def make(number, tokens=8, dtype=torch.float32, space=SPACE, rank=0):
         token_ids = np.arange(number * 1000, number * 1000 + tokens, dtype=np.int32)
         generator = torch.Generator().manual_seed(number * 10 + rank)
-        kv = torch.randn(2, 2, 2, tokens, 4, generator=generator).to(dtype)
+        kv = torch.randn(2, 2, tokens, 2, 4, generator=generator).to(dtype)
         return StoredChunk(chunk_key(space, token_ids), space, token_ids, kv)
 
     return make

@@ -35,7 +35,7 @@ def test_every_dtype_comes_back_bit_for_bit(layout, make, same, dtype):
 
 def test_a_slice_of_a_larger_tensor_is_written_as_it_looks(layout, make, same):
     whole = make(1, tokens=16)
-    part = StoredChunk(whole.key, whole.namespace, whole.token_ids[4:12], whole.kv[:, :, :, 4:12])
+    part = StoredChunk(whole.key, whole.namespace, whole.token_ids[4:12], whole.kv[:, :, 4:12])
     same(read_chunk(layout, write(layout, part), part.key, SHARD), part)
 
 
@@ -136,7 +136,7 @@ def test_a_key_can_not_lead_elsewhere(layout, key):
 
 def test_what_is_no_chunk_is_not_written(layout, make):
     chunk = make(1)
-    for kv in (chunk.kv.double(), chunk.kv[0], chunk.kv[:, :1], chunk.kv[:, :, :, 1:]):
+    for kv in (chunk.kv.double(), chunk.kv[0], chunk.kv[:, :1], chunk.kv[:, :, 1:]):
         with pytest.raises(StoreError):
             encode_chunk(layout, StoredChunk(chunk.key, chunk.namespace, chunk.token_ids, kv), SHARD)
 

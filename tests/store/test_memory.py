@@ -46,7 +46,7 @@ def test_put_again_replaces(make, same):
 
 
 def test_a_view_does_not_keep_its_whole_tensor_alive(make):
-    pool = torch.zeros(64, 2, 2, 8, 4)
+    pool = torch.zeros(64, 2, 8, 2, 4)
     chunk = make(1)
     store = MemoryStore(1 << 20)
     store.put(StoredChunk(chunk.key, chunk.namespace, chunk.token_ids, pool[:2]))

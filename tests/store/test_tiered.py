@@ -36,8 +36,7 @@ def test_put_writes_through_and_get_takes_the_fastest(tiers, make):
 
 
 def test_get_promotes(tiers, make):
-    memory, disk = tiers
-    disk.put(make(1))
+    tiers[1].put(make(1))
     store = TieredStore(tiers)
     assert store.locate(make(1).key) == "disk"
     assert store.get_with_tier(make(1).key)[1] == "disk"
@@ -68,7 +67,7 @@ def test_nothing_stays_in_memory_that_is_not_durable(tiers, make, monkeypatch):
 
 
 def test_a_failing_cache_costs_nothing_but_time(tiers, make, monkeypatch):
-    memory, disk = tiers
+    memory = tiers[0]
 
     def broken(chunk):
         raise StoreError("broken")
@@ -80,7 +79,7 @@ def test_a_failing_cache_costs_nothing_but_time(tiers, make, monkeypatch):
 
 
 def test_a_chunk_hot_in_memory_does_not_grow_old_on_disk(root, make):
-    disk = DiskStore(root, max_bytes=3 * 1_600)
+    disk = DiskStore(root, max_bytes=3 * 1_440)
     store = TieredStore([MemoryStore(BIG), disk])
     for number in range(3):
         store.put(make(number))
@@ -90,7 +89,7 @@ def test_a_chunk_hot_in_memory_does_not_grow_old_on_disk(root, make):
 
 
 def test_damage_and_absence_are_told_apart(root, tiers, make):
-    memory, disk = tiers
+    memory = tiers[0]
     store = TieredStore(tiers)
     store.put(make(1))
     memory.delete([make(1).key])
