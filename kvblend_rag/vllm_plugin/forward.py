@@ -1,0 +1,153 @@
+"""The scattered forward: vLLM's own model over any ranges of a request's tokens.
+
+Every contiguous range is shown to the attention backend as a sequence of its own: the request's block
+table, ``query_len`` the range's length, ``seq_len`` its end. The causal mask is then right for every
+token on every backend, because it *is* vLLM's forward (vllm/v1/attention/backend.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.forward_context import set_forward_context
+
+from kvblend_rag.blend.chunk import TokenIds
+from kvblend_rag.vllm_plugin import compat
+from kvblend_rag.vllm_plugin.paged_kv import PagedKV
+
+
+@dataclass(frozen=True)
+class Row:
+    """Positions ``[start, stop)`` of one request, one sequence to the attention backend."""
+
+    token_ids: TokenIds
+    block_ids: Sequence[int]
+    start: int
+    stop: int
+
+
+class ScatteredForward:
+    """Runs rows through the model, writing their KV into the paged cache; hidden states are dropped."""
+
+    def __init__(self, runner: Any, paged: PagedKV) -> None:
+        self._runner, self._paged = runner, paged
+        self._config = runner.vllm_config
+        self._groups = [group for groups in runner.attn_groups for group in groups]
+        self._builders = [
+            compat.private_builder(group, self._config, paged.device) for group in self._groups
+        ]
+        scheduler = self._config.scheduler_config
+        # The compiled model asserts beyond the first; FlashInfer and others keep buffers of the second.
+        self._max_tokens = int(scheduler.max_num_batched_tokens)
+        self._max_rows = int(scheduler.max_num_seqs)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        rows: Iterable[Row],
+        around: AbstractContextManager[Any] | None = None,
+        position_offset: int = 0,
+    ) -> TokenIds:
+        """Compute the rows, in position order where they don't fit into one forward.
+
+        Args:
+            rows: of one request in ascending order; of several, parents before those that share blocks.
+            around: entered inside the forward context, to look into the layers.
+            position_offset: added to the positions that the rotary embedding sees, and to nothing else.
+
+        Returns:
+            The positions in the order in which they went through the model.
+        """
+        done: list[Row] = []
+        for batch in self._batches(rows):
+            # Backends take a leading run of single-token rows as decodes, so these come first.
+            batch.sort(key=lambda row: row.stop - row.start > 1)
+            self._run_batch(batch, around or nullcontext(), position_offset)
+            done.extend(batch)
+        return np.concatenate([np.arange(row.start, row.stop, dtype=np.int32) for row in done] or [np.zeros(0, np.int32)])
+
+    def _batches(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
+        batch: list[Row] = []
+        room = self._max_tokens
+        for row in rows:
+            start = row.start
+            while start < row.stop:
+                if room == 0 or len(batch) == self._max_rows:
+                    yield batch
+                    batch, room = [], self._max_tokens
+                stop = min(row.stop, start + room)
+                batch.append(Row(row.token_ids, row.block_ids, start, stop))
+                room -= stop - start
+                start = stop
+        if batch:
+            yield batch
+
+    def _run_batch(self, rows: list[Row], around: AbstractContextManager[Any], position_offset: int) -> None:
+        device = self._paged.device
+        lengths = np.array([row.stop - row.start for row in rows])
+        ends = np.array([row.stop for row in rows], dtype=np.int32)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        positions = torch.from_numpy(np.concatenate([np.arange(row.start, row.stop) for row in rows]))
+        token_ids = np.concatenate([row.token_ids[row.start : row.stop] for row in rows])
+        slots, spans = [], np.split(positions.numpy(), offsets[1:-1])
+        for row, span in zip(rows, spans, strict=True):
+            slots.append(self._paged.slots(row.block_ids, torch.from_numpy(span)))
+        slot_mapping = torch.cat(slots)
+        seq_lens_cpu = torch.from_numpy(ends)
+        offsets_cpu = torch.from_numpy(offsets)
+        positions = (positions + position_offset).to(device)
+        common = {
+            "query_start_loc": offsets_cpu.to(device),
+            "query_start_loc_cpu": offsets_cpu,
+            "seq_lens": seq_lens_cpu.to(device),
+            "seq_lens_cpu_upper_bound": seq_lens_cpu,
+            "num_reqs": len(rows),
+            "num_actual_tokens": len(token_ids),
+            "max_query_len": int(lengths.max()),
+            "max_seq_len": int(ends.max()),
+            "slot_mapping": slot_mapping,
+            "causal": True,
+            "positions": positions,
+            "is_prefilling": torch.ones(len(rows), dtype=torch.bool),
+        }
+        metadata: dict[str, Any] = {}
+        for group, builder in zip(self._groups, self._builders, strict=True):
+            table = self._block_table(rows, builder.kv_cache_spec.block_size)
+            built = builder.build(0, compat.common_metadata(block_table_tensor=table, **common))
+            metadata.update(dict.fromkeys(group.layer_names, built))
+        with (
+            set_forward_context(
+                metadata,
+                self._config,
+                num_tokens=len(token_ids),
+                slot_mapping=dict.fromkeys(metadata, slot_mapping),
+            ),
+            around,
+        ):
+            self._runner.model(
+                # int32: with int64 the compiled model returns wrong values and no error.
+                input_ids=torch.from_numpy(token_ids.astype(np.int32)).to(device),
+                positions=positions,
+                intermediate_tensors=None,
+                inputs_embeds=None,
+            )
+
+    def _block_table(self, rows: list[Row], kernel_block_size: int) -> torch.Tensor:
+        """(rows, blocks) int32, in the backend's blocks, which may be smaller than the manager's."""
+        per_block = self._paged.block_size // kernel_block_size
+        width = max(-(-row.stop // self._paged.block_size) for row in rows)
+        table = np.zeros((len(rows), width), dtype=np.int32)
+        for index, row in enumerate(rows):
+            used = -(-row.stop // self._paged.block_size)
+            table[index, :used] = row.block_ids[:used]
+        if per_block > 1:
+            table = (table[:, :, None] * per_block + np.arange(per_block, dtype=np.int32)).reshape(len(rows), -1)
+        return torch.from_numpy(table).to(self._paged.device)
+
+
+__all__ = ["Row", "ScatteredForward"]

@@ -1,0 +1,102 @@
+"""All that crosses between the scheduler's process and the workers', and what it leaves out.
+
+The worker never learns of queues, other requests or the catalogue; the scheduler never sees a tensor.
+Everything here is pickled by vLLM at every step, so it stays small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from kvblend_rag.blend.chunk import TokenIds
+from kvblend_rag.blend.plan import BlendPlan
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the recomputed tokens of one request are chosen."""
+
+    selector: str
+    ratio: float
+    span: int
+
+
+@dataclass(frozen=True)
+class BlendJob:
+    """One request to blend in this step: everything but its last token, from ``first`` on."""
+
+    request_id: str
+    token_ids: TokenIds
+    block_ids: tuple[int, ...]
+    first: int
+    plan: BlendPlan
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class SaveJob:
+    """Copy a chunk's KV out of the paged cache after this step; prompt positions ``[start, stop)``."""
+
+    request_id: str
+    key: str
+    namespace: str
+    token_ids: TokenIds
+    start: int
+    block_ids: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        """The first position behind the chunk."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass
+class StepPlan(KVConnectorMetadata):
+    """Scheduler to workers, each step."""
+
+    blends: list[BlendJob] = field(default_factory=list)
+    saves: list[SaveJob] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker did for one blended request."""
+
+    recomputed: tuple[tuple[int, int], ...] = ()
+    tiers: dict[str, str] = field(default_factory=dict)
+    scored_tokens: int = 0
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    fallback: str | None = None
+    """Why everything was computed instead of blended."""
+
+
+@dataclass
+class StepOutcome(KVConnectorWorkerMetadata):
+    """Workers to scheduler, each step: outcome by request id."""
+
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """Ranks agree on what they do, so one rank's account stands for all."""
+        assert isinstance(other, StepOutcome)
+        return StepOutcome({**other.outcomes, **self.outcomes})
+
+
+@dataclass(frozen=True)
+class Handshake(KVConnectorHandshakeMetadata):
+    """Workers to scheduler, once at start: what model this is and whether it can be blended."""
+
+    fingerprint: str
+    context: tuple[int, ...]
+    refusal: str | None
+    rank: int
+    ranks: int
+
+
+__all__ = ["BlendJob", "Handshake", "Outcome", "Recipe", "SaveJob", "StepOutcome", "StepPlan"]

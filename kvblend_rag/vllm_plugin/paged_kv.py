@@ -1,0 +1,111 @@
+"""vLLM's paged KV cache as rows of tokens: block tables, slots, and reading and writing a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvblend_rag.blend.rope import Rotary
+
+# Digits of this base survive in every cache dtype we serve (bfloat16 holds integers up to 256).
+_BASE = 64
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention layer that owns a KV cache."""
+
+    name: str
+    module: Any
+    """vLLM's ``Attention``."""
+    rotary: Rotary | None
+    """None where the layer's keys carry no rotation."""
+
+    @property
+    def cache(self) -> torch.Tensor:
+        """(blocks, kv_heads, block_size, 2 * head_dim), strides and inner order as the backend likes."""
+        return self.module.kv_cache  # type: ignore[no-any-return]
+
+
+class PagedKV:
+    """Reads and writes tokens of a paged cache, on whichever backend.
+
+    Writing goes through the backend's own cache write. Where it puts a token inside a block is private to
+    it, so for reading that is learned once, by writing known values into a free block.
+
+    Raises:
+        ValueError: the written values don't come back in a pattern we understand.
+    """
+
+    def __init__(self, layers: Sequence[AttentionLayer], block_size: int) -> None:
+        self.layers = list(layers)
+        self.block_size = block_size
+        cache = self.layers[0].cache
+        self.heads, self._rows, self.head_dim = cache.shape[1], cache.shape[2], cache.shape[3] // 2
+        self.dtype, self.device = cache.dtype, cache.device
+        self._keys_at, self._values_at = self._learn_layout(self.layers[0])
+
+    def slots(self, block_ids: Sequence[int], positions: torch.Tensor) -> torch.Tensor:
+        """(tokens,) int64 slot of each position of a request, given its block ids."""
+        table = torch.as_tensor(block_ids, dtype=torch.int64)
+        return (table[positions // self.block_size] * self.block_size + positions % self.block_size).to(
+            self.device
+        )
+
+    def write(self, layer: AttentionLayer, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+        """Put keys and values, each (tokens, kv_heads, head_dim), into a layer's slots."""
+        layer.module.impl.do_kv_cache_update(
+            layer.module, keys.contiguous(), values.contiguous(), layer.cache, slots
+        )
+
+    def read(self, layer: AttentionLayer, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, each (tokens, kv_heads, head_dim), out of a layer's slots."""
+        blocks, which = torch.unique_consecutive(slots // self._rows, return_inverse=True)
+        inside = self._flat(layer.cache[blocks])
+        rows = slots % self._rows
+
+        def gather(at: torch.Tensor) -> torch.Tensor:
+            everything = inside[:, :, at.flatten()].unflatten(2, at.shape)
+            return everything[which, :, rows]
+
+        return gather(self._keys_at), gather(self._values_at)
+
+    def _learn_layout(self, layer: AttentionLayer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where keys and values lie in a flattened block of one head, each (block rows, head_dim) int64."""
+        block = 1  # block 0 is vLLM's null block
+        saved = layer.cache[block].clone()
+        slots = torch.arange(self._rows, device=self.device) + block * self._rows
+        row = torch.arange(self._rows, device=self.device)[:, None].expand(-1, self.head_dim)
+        column = torch.arange(self.head_dim, device=self.device)[None, :].expand(self._rows, -1)
+        signs, found = None, []
+        for digit in (row % _BASE, row // _BASE, column % _BASE, column // _BASE):
+            values = (digit + 1).to(self.dtype)[:, None, :].expand(-1, self.heads, -1)
+            self.write(layer, values, -values, slots)
+            inside = self._flat(layer.cache[block : block + 1])[0]
+            if not bool((inside == inside[0]).all()):
+                raise ValueError("the heads of a block are laid out differently from one another")
+            found.append(inside[0].float().round().to(torch.int64))
+            signs = found[-1].sign()
+        layer.cache[block].copy_(saved)
+        assert signs is not None
+        low_row, high_row, low_column, high_column = (values.abs() - 1 for values in found)
+        token, dim = low_row + _BASE * high_row, low_column + _BASE * high_column
+        maps = []
+        for sign in (1, -1):
+            here = (signs == sign).nonzero().flatten()
+            target = token[here] * self.head_dim + dim[here]
+            wanted = torch.arange(self._rows * self.head_dim, device=self.device)
+            if len(here) != len(wanted) or not torch.equal(target.sort().values, wanted):
+                raise ValueError("written keys and values don't come back in a pattern we understand")
+            maps.append(here[target.argsort()].view(self._rows, self.head_dim))
+        return maps[0], maps[1]
+
+    @staticmethod
+    def _flat(blocks: torch.Tensor) -> torch.Tensor:
+        return blocks.reshape(blocks.shape[0], blocks.shape[1], -1)
+
+
+__all__ = ["AttentionLayer", "PagedKV"]

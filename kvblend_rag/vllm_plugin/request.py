@@ -1,0 +1,83 @@
+"""What a request asks of kvblend, in ``kv_transfer_params["kvblend"]``; the same over HTTP.
+
+    blend        false for an ordinary prefill
+    selector, ratio, span    how recomputed tokens are chosen
+    tenant       whose chunks may be used
+    ingest       {key, namespace, start}: save the KV of the prompt from ``start`` on
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.request import Request
+
+from kvblend_rag.blend.gate import RequestFacts
+from kvblend_rag.config import BlendConfig
+from kvblend_rag.errors import ConfigError
+from kvblend_rag.selectors import get_selector
+from kvblend_rag.vllm_plugin.metadata import Recipe
+
+PARAMETER = "kvblend"
+
+
+@dataclass(frozen=True)
+class Ingest:
+    """The chunk that a request computes in order to store it."""
+
+    key: str
+    namespace: str
+    start: int
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A request's own settings, completed from the engine's."""
+
+    blend: bool
+    recipe: Recipe
+    tenant: str
+    ingest: Ingest | None
+
+
+def read_wish(request: Request, config: BlendConfig) -> Wish:
+    """The request's settings.
+
+    Raises:
+        ConfigError: an unknown parameter or a value that can't be used.
+    """
+    given: Any = (request.kv_transfer_params or {}).get(PARAMETER, {})
+    if not isinstance(given, dict):
+        raise ConfigError(f"kv_transfer_params['{PARAMETER}'] must be a mapping, and is {given!r}.")
+    given = dict(given)
+    ingest = given.pop("ingest", None)
+    names = {"blend": "enable_blending", "selector": "selector", "ratio": "recompute_ratio", "span": "span_size"}
+    changes = {names.get(name, name): value for name, value in given.items()}
+    unknown = changes.keys() - {*names.values(), "tenant"}
+    if unknown:
+        raise ConfigError(f"Unknown request parameter {sorted(unknown)[0]!r}; known: {', '.join(names)}, tenant.")
+    wished = config.replace(**changes)
+    get_selector(wished.selector)
+    return Wish(
+        blend=bool(given.get("blend", True)),
+        recipe=Recipe(wished.selector, wished.recompute_ratio, wished.span_size),
+        tenant=wished.tenant,
+        ingest=None if ingest is None else Ingest(ingest["key"], ingest["namespace"], int(ingest["start"])),
+    )
+
+
+def facts(request: Request) -> RequestFacts:
+    """What speaks against blending the request."""
+    sampling = request.sampling_params
+    return RequestFacts(
+        has_text=request.prompt_token_ids is not None and getattr(request, "prompt_embeds", None) is None,
+        multimodal=bool(request.mm_features),
+        lora=request.lora_request is not None,
+        pooling=request.pooling_params is not None,
+        prompt_logprobs=sampling is not None and sampling.prompt_logprobs is not None,
+        resumable=bool(getattr(request, "resumable", False)),
+    )
+
+
+__all__ = ["PARAMETER", "Ingest", "Wish", "facts", "read_wish"]

@@ -1,0 +1,301 @@
+"""The scheduler's side: match → plan → what the workers do, and each request's report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorWorkerMetadata,
+)
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
+
+from kvblend_rag.blend.chunk import TokenIds, as_token_ids, chunk_key
+from kvblend_rag.blend.gate import refusal
+from kvblend_rag.blend.plan import BlendPlan, make_plan
+from kvblend_rag.config import BlendConfig
+from kvblend_rag.errors import KVBlendError
+from kvblend_rag.report import BlendReport, ChunkUse
+from kvblend_rag.vllm_plugin.library import Library
+from kvblend_rag.vllm_plugin.metadata import BlendJob, Handshake, Outcome, Recipe, SaveJob, StepOutcome, StepPlan
+from kvblend_rag.vllm_plugin.prefix_cache import isolate, still_computing
+from kvblend_rag.vllm_plugin.request import PARAMETER, Ingest, facts, read_wish
+
+logger = logging.getLogger(__name__)
+
+_DIGESTS_REMEMBERED = 4096
+
+
+@dataclass
+class _Blend:
+    """A request that will be blended."""
+
+    token_ids: TokenIds
+    plan: BlendPlan
+    recipe: Recipe
+    digest: str
+    isolated: bool = False
+
+
+@dataclass
+class _Saving:
+    """A chunk that is being computed in order to be stored."""
+
+    token_ids: TokenIds
+    ingest: Ingest
+    blocks: list[int] = field(default_factory=list)
+    fresh: bool = False
+    """The blocks were learned at admission, in this very step."""
+
+
+class SchedulerSide:
+    """Lives in the scheduler's process; sees requests and block ids, never a tensor."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self._config = BlendConfig.load(**vllm_config.kv_transfer_config.kv_connector_extra_config)
+        self._block_size = int(vllm_config.cache_config.block_size)
+        self._cache_config = vllm_config.cache_config
+        self._model_refusal: str | None = "the workers did not report; start vLLM with kvblend's worker class"
+        self._library: Library | None = None
+        self._live: dict[str, Request] = {}
+        self._blends: dict[str, _Blend] = {}
+        self._savings: dict[str, _Saving] = {}
+        self._jobs: list[BlendJob] = []
+        self._reports: dict[str, BlendReport] = {}
+        self._answered: dict[str, dict[str, Any]] = {}
+        """Reports handed out in this step, which the workers' account may still complete."""
+        self._seen_digests: OrderedDict[str, None] = OrderedDict()
+
+    def learn(self, handshakes: list[KVConnectorHandshakeMetadata]) -> None:
+        """Take in what the workers found out about the model."""
+        ours = [handshake for handshake in handshakes if isinstance(handshake, Handshake)]
+        if not ours:
+            return
+        first = min(ours, key=lambda handshake: handshake.rank)
+        self._model_refusal = next((h.refusal for h in ours if h.refusal is not None), None)
+        if self._model_refusal is not None:
+            logger.warning("kvblend: every request gets an ordinary prefill: %s.", self._model_refusal)
+            return
+        self._library = Library(self._config, first.fingerprint, first.context)
+
+    def arrived(self, request: Request) -> None:
+        """Match and plan a new request, on the scheduler's thread."""
+        self._live[request.request_id] = request
+        report = BlendReport(request_id=request.request_id, prompt_tokens=request.num_prompt_tokens)
+        try:
+            reason, report = self._plan(request, report)
+        except KVBlendError as error:
+            reason = str(error)
+        self._reports[request.request_id] = replace(report, reason=reason)
+
+    def claim(self, request: Request, cached: int) -> int | None:
+        """How many tokens behind the prefix-cache hit are provided; None to be asked again next step."""
+        if request.num_preemptions == 0:
+            self._note(request.request_id, cached_tokens=cached)
+        blend = self._blends.get(request.request_id)
+        if blend is None:
+            return 0
+        plan = blend.plan.clip(cached, self._config.min_run)
+        if not plan.runs:
+            return 0
+        block_size = self._hash_block_size(request)
+        if still_computing(request, cached // block_size, block_size, self._live.values()):
+            return None
+        if not blend.isolated:
+            first = plan.first_reused
+            assert first is not None
+            isolate(request, first // block_size, blend.digest)
+            blend.isolated = True
+            if self._seen(blend.digest):
+                # The same prompt was blended before: look again, now under the private hashes.
+                return None
+        return max(plan.prompt_tokens - 1 - cached, 0)
+
+    def admitted(self, request: Request, block_ids: list[int], external: int) -> None:
+        """The request has its blocks; ``external`` tokens of it are ours to provide."""
+        saving = self._savings.get(request.request_id)
+        if saving is not None:
+            saving.blocks, saving.fresh = list(block_ids), True
+        blend = self._blends.get(request.request_id)
+        if blend is None:
+            return
+        if external <= 0:
+            whose = "the same blend's KV" if blend.isolated else "the prompt"
+            self._note(request.request_id, reason=f"{whose} was in vLLM's own prefix cache")
+            return
+        first = blend.plan.prompt_tokens - 1 - external
+        plan = blend.plan.clip(first, self._config.min_run)
+        self._jobs.append(
+            BlendJob(request.request_id, blend.token_ids, tuple(block_ids), first, plan, blend.recipe)
+        )
+        self._note(
+            request.request_id,
+            blended=True,
+            reason=None,
+            selector=blend.recipe.selector,
+            cached_tokens=plan.cached,
+            reused_tokens=plan.reused_tokens,
+            computed_tokens=plan.computed_tokens,
+            chunks=tuple(ChunkUse(key=run.key, start=run.start, tokens=run.length) for run in plan.runs),
+        )
+
+    def step(self, scheduler_output: SchedulerOutput) -> StepPlan:
+        """What the workers do in this step."""
+        plan = StepPlan(blends=self._jobs, saves=self._finished_chunks(scheduler_output) if self._savings else [])
+        self._jobs = []
+        self._answered.clear()
+        return plan
+
+    def worker_reported(self, outcome: KVConnectorWorkerMetadata | None) -> None:
+        """Complete reports by what the workers did.
+
+        A request that ends with its first token is answered before this is called; the answer is sent
+        only afterwards, so its report is completed in place.
+        """
+        if not isinstance(outcome, StepOutcome):
+            return
+        for request_id, done in outcome.outcomes.items():
+            if request_id in self._reports:
+                self._reports[request_id] = _completed(self._reports[request_id], done)
+            elif request_id in self._answered:
+                answer = self._answered.pop(request_id)
+                answer[PARAMETER] = _completed(BlendReport.from_dict(answer[PARAMETER]), done).to_dict()
+
+    def finished(self, request: Request) -> dict[str, Any]:
+        """The request has ended: its report, for its last output."""
+        request_id = request.request_id
+        self._live.pop(request_id, None)
+        self._blends.pop(request_id, None)
+        self._savings.pop(request_id, None)
+        self._jobs = [job for job in self._jobs if job.request_id != request_id]
+        report = self._reports.pop(request_id, BlendReport(request_id=request_id))
+        if not report.blended:
+            report = replace(report, computed_tokens=report.prompt_tokens - report.cached_tokens)
+        answer = {PARAMETER: report.to_dict()}
+        self._answered[request_id] = answer
+        return answer
+
+    def close(self) -> None:
+        """Close the catalogue."""
+        if self._library is not None:
+            self._library.close()
+
+    def _plan(self, request: Request, report: BlendReport) -> tuple[str | None, BlendReport]:
+        """Why the request is not blended, or None; and the report with what matching took."""
+        wish = read_wish(request, self._config)
+        blocked = refusal(
+            facts(request),
+            model=self._model_refusal,
+            enabled=self._config.enable_blending or wish.ingest is not None,
+            wanted=wish.blend,
+        )
+        if blocked is not None:
+            return blocked, report
+        assert self._library is not None
+        started = time.perf_counter()
+        prompt = as_token_ids(request.prompt_token_ids)
+        if wish.ingest is not None:
+            return self._plan_saving(request.request_id, prompt, wish.ingest, wish.tenant), report
+        plan = make_plan(prompt, self._library.match(wish.tenant, prompt), self._config.min_run)
+        report = replace(report, milliseconds={"match": (time.perf_counter() - started) * 1e3})
+        if not plan.runs:
+            return self._nothing_matched(wish.tenant), report
+        digest = plan.digest(wish.recipe.selector, wish.recipe.ratio, wish.recipe.span, tenant=wish.tenant)
+        self._blends[request.request_id] = _Blend(prompt, plan, wish.recipe, digest)
+        return None, report
+
+    def _plan_saving(self, request_id: str, prompt: TokenIds, ingest: Ingest, tenant: str) -> str | None:
+        assert self._library is not None
+        tokens = prompt[ingest.start :]
+        space = self._library.namespace(tenant)
+        if ingest.namespace != space or ingest.key != chunk_key(space, tokens):
+            return "the chunk's key does not belong to this model, ingest context and tenant; nothing was stored"
+        self._savings[request_id] = _Saving(tokens, ingest)
+        return "the request computes a chunk in order to store it"
+
+    def _nothing_matched(self, tenant: str) -> str:
+        assert self._library is not None
+        known = self._library.size(tenant)
+        return (
+            f"none of the {known} stored chunks stands in the prompt"
+            if known
+            else "the store holds no chunks for this model and ingest context"
+        )
+
+    def _finished_chunks(self, scheduler_output: SchedulerOutput) -> list[SaveJob]:
+        """Chunks whose last token is computed in this step."""
+        progress = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+        running = scheduler_output.scheduled_cached_reqs
+        for index, request_id in enumerate(running.req_ids):
+            progress[request_id] = running.num_computed_tokens[index]
+            saving = self._savings.get(request_id)
+            blocks = running.new_block_ids[index]
+            if saving is not None and blocks is not None and not saving.fresh:
+                saving.blocks.extend(blocks[0])
+        jobs = []
+        for request_id, saving in list(self._savings.items()):
+            saving.fresh = False
+            if request_id not in progress:
+                continue
+            stop = saving.ingest.start + len(saving.token_ids)
+            if progress[request_id] + scheduler_output.num_scheduled_tokens[request_id] >= stop:
+                ingest = saving.ingest
+                jobs.append(
+                    SaveJob(
+                        request_id, ingest.key, ingest.namespace, saving.token_ids, ingest.start, tuple(saving.blocks)
+                    )
+                )
+                del self._savings[request_id]
+        return jobs
+
+    def _hash_block_size(self, request: Request) -> int:
+        """Tokens a block hash stands for; 0.32 may hash finer than it allocates."""
+        size = int(getattr(self._cache_config, "hash_block_size", None) or self._block_size)
+        if request.block_hashes and len(request.block_hashes) == request.num_tokens // size:
+            return size
+        return self._block_size
+
+    def _seen(self, digest: str) -> bool:
+        """Whether a digest was blended before; it has been from now on."""
+        known = digest in self._seen_digests
+        self._seen_digests[digest] = None
+        self._seen_digests.move_to_end(digest)
+        if len(self._seen_digests) > _DIGESTS_REMEMBERED:
+            self._seen_digests.popitem(last=False)
+        return known
+
+    def _note(self, request_id: str, **changes: Any) -> None:
+        self._reports[request_id] = replace(self._reports[request_id], **changes)
+
+
+def _completed(report: BlendReport, done: Outcome) -> BlendReport:
+    """A report with the workers' account of the request."""
+    milliseconds = {**report.milliseconds, **done.milliseconds}
+    if done.fallback is not None:
+        return replace(
+            report,
+            blended=False,
+            reason=done.fallback,
+            reused_tokens=0,
+            computed_tokens=report.computed_tokens + report.reused_tokens,
+            milliseconds=milliseconds,
+        )
+    recomputed = sum(stop - start for start, stop in done.recomputed)
+    return replace(
+        report,
+        reused_tokens=report.reused_tokens - recomputed,
+        recomputed_tokens=recomputed,
+        recomputed_spans=done.recomputed,
+        scored_tokens=done.scored_tokens,
+        chunks=tuple(replace(chunk, tier=done.tiers.get(chunk.key, "")) for chunk in report.chunks),
+        milliseconds=milliseconds,
+    )
+
+
+__all__ = ["SchedulerSide"]

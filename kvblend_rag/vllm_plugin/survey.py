@@ -1,0 +1,141 @@
+"""Survey: what the loaded model's attention looks like, and whether it can be blended.
+
+Everything that can be known at start is found out here, once, and a model that we can't serve right
+is refused with the reason; it then runs as plain vLLM.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from kvblend_rag.blend.rope import Rotary, rotate, shift
+from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
+from kvblend_rag.vllm_plugin.paged_kv import AttentionLayer, PagedKV
+
+_PROBE_TOKENS = 24
+_PROBE_SHIFT = 1000
+
+
+class Refused(Exception):
+    """The model or an option can't be blended; the message is the reason."""
+
+
+def refuse_options(config: VllmConfig) -> None:
+    """Raise Refused for an engine option that blending does not serve."""
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    reasons = [
+        (model.runner_type != "generate", "it is not a generating model"),
+        (model.is_encoder_decoder, "it is an encoder-decoder model"),
+        (getattr(model, "is_multimodal_model", False), "multimodal models are not served yet"),
+        (model.use_mla, "multi-head latent attention (MLA) is not served yet"),
+        (model.is_hybrid or model.is_attention_free, "it has state-space layers, whose state is no KV"),
+        (model.uses_mrope, "M-RoPE is not served yet"),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not served yet"),
+        (getattr(parallel, "decode_context_parallel_size", 1) > 1, "context parallelism is not served"),
+        (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "context parallelism is not served"),
+        (
+            parallel.data_parallel_size > 1 and model.is_moe,
+            "a forward of our own would hang mixture-of-experts layers under data parallelism",
+        ),
+        (config.lora_config is not None, "LoRA is enabled"),
+        (config.speculative_config is not None, "speculative decoding is enabled"),
+        (
+            cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+            f"the KV cache is quantised ({cache.cache_dtype})",
+        ),
+    ]
+    for applies, reason in reasons:
+        if applies:
+            raise Refused(reason)
+
+
+def survey_layers(runner: Any) -> list[AttentionLayer]:
+    """The model's attention layers in running order, with their rotary tables.
+
+    Raises:
+        Refused: the layers or their cache are of a kind that can't be blended.
+    """
+    groups = runner.kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        raise Refused(f"its layers need {len(groups)} kinds of KV cache (hybrid or sliding-window attention)")
+    spec = groups[0].kv_cache_spec
+    if type(spec) is not FullAttentionSpec:
+        raise Refused(f"its KV cache is of the kind {type(spec).__name__}, not full attention")
+    modules = runner.vllm_config.compilation_config.static_forward_context
+    order = list(modules)
+    layers = []
+    for name in sorted(groups[0].layer_names, key=order.index):
+        module = modules[name]
+        if type(module) is not Attention:
+            raise Refused(f"layer {name} is of the kind {type(module).__name__}, not plain attention")
+        if getattr(module, "kv_sharing_target_layer_name", None):
+            raise Refused("some of its layers share one KV cache")
+        if not hasattr(module.impl, "do_kv_cache_update"):
+            raise Refused(f"the attention backend {module.attn_backend.get_name()} has no separate KV write")
+        layers.append(AttentionLayer(name, module, _rotary(runner.get_model(), name)))
+    shapes = {layer.cache.shape[1:] for layer in layers}
+    if len(shapes) != 1:
+        raise Refused("its layers have KV heads of different shapes")
+    return layers
+
+
+def _rotary(model: torch.nn.Module, layer_name: str) -> Rotary | None:
+    """The rotary table of the module that an attention layer belongs to."""
+    try:
+        parent = model.get_submodule(layer_name.rpartition(".")[0])
+    except AttributeError:
+        return None
+    module = getattr(parent, "rotary_emb", None)
+    if module is None:
+        return None
+    interleaved = not getattr(module, "is_neox_style", True)
+    table = getattr(module, "long_short_cos_sin_cache", None)
+    if table is not None:  # LongRoPE keeps both tables in one and picks by max_model_len
+        skip = module.original_max_position_embeddings if module.use_long_rope else 0
+        return Rotary(table[skip:], interleaved)
+    table = getattr(module, "cos_sin_cache", None)
+    return None if table is None or table.ndim != 2 else Rotary(table, interleaved)
+
+
+@torch.inference_mode()
+def check_shift(layers: list[AttentionLayer], paged: PagedKV, forward: ScatteredForward, config: VllmConfig) -> None:
+    """Compute the same tokens at two places and compare: rotated keys must equal computed ones.
+
+    Catches what no list can: rotary modules that are there and not applied, scaled or length-dependent
+    frequencies, learned positions. Uses free blocks, before the first request.
+
+    Raises:
+        Refused: a layer's keys or values depend on the position in another way.
+    """
+    count = _PROBE_TOKENS
+    offset = min(_PROBE_SHIFT, config.model_config.max_model_len - count - 1)
+    blocks = range(1, 2 + count // paged.block_size)  # block 0 is the null block
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, config.model_config.get_vocab_size(), (count,), generator=generator)
+    row = Row(tokens.to(torch.int32).numpy(), list(blocks), 0, count)
+    slots = paged.slots(list(blocks), torch.arange(count))
+    forward.run([row])
+    before = [paged.read(layer, slots) for layer in layers]
+    forward.run([row], position_offset=offset)
+    # What bfloat16 loses over a deep model's layers stays below a tenth; a wrong rotation is of order one.
+    tolerance = 0.01 if paged.dtype == torch.float32 else 0.1
+    here = torch.arange(count, device=paged.device)
+    for layer, (keys, values) in zip(layers, before, strict=True):
+        if layer.rotary is not None:
+            cos, sin = shift(layer.rotary, here, here + offset)
+            keys = rotate(keys, cos, sin, layer.rotary.interleaved)
+        for what, expected, found in zip(("keys", "values"), (keys, values), paged.read(layer, slots), strict=True):
+            error = (found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-6)
+            if not error < tolerance:
+                raise Refused(
+                    f"the {what} of layer {layer.name} don't move with the position as its rotary embedding "
+                    f"says (relative error {error:.2g})"
+                )
+
+
+__all__ = ["Refused", "check_shift", "refuse_options", "survey_layers"]

@@ -1,0 +1,32 @@
+"""The worker class to name in ``--worker-cls``: the platform's own, which hands its runner over.
+
+A connector is not given the model by vLLM; a worker subclass is the supported way to reach it
+(vllm/v1/worker/worker_base.py). Its extra methods are called with ``collective_rpc``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from kvblend_rag.vllm_plugin import compat
+from kvblend_rag.vllm_plugin.connector import KVBlendConnector
+
+
+class KVBlendWorker(compat.platform_worker()):  # type: ignore[misc]
+    """vLLM's worker of this platform with the chunk store's maintenance calls."""
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """As the platform's; then the connector gets the model runner."""
+        super().initialize_from_config(kv_cache_config)
+        connector = compat.find_connector(KVBlendConnector)
+        if connector is not None:
+            connector.worker.bind(self.model_runner)
+
+    def kvblend(self, method: str, *arguments: Any) -> Any:
+        """Call a public method of the worker side; see WorkerSide for their names."""
+        connector = compat.find_connector(KVBlendConnector)
+        if connector is None:
+            raise RuntimeError("This engine runs without the kvblend connector.")
+        return getattr(connector.worker, method)(*arguments)

@@ -1,0 +1,133 @@
+"""The worker's side: blends and saves what the scheduler planned, on this rank's heads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.tokenizers import cached_tokenizer_from_config
+
+from kvblend_rag.blend.context import ingest_context
+from kvblend_rag.config import BlendConfig
+from kvblend_rag.errors import KVBlendError
+from kvblend_rag.store import StoredChunk, TieredStore, open_catalogue, open_store
+from kvblend_rag.vllm_plugin import compat
+from kvblend_rag.vllm_plugin.blender import Blender
+from kvblend_rag.vllm_plugin.forward import ScatteredForward
+from kvblend_rag.vllm_plugin.identity import fingerprint
+from kvblend_rag.vllm_plugin.metadata import BlendJob, Handshake, Outcome, SaveJob, StepOutcome
+from kvblend_rag.vllm_plugin.paged_kv import PagedKV
+from kvblend_rag.vllm_plugin.ranks import Ranks
+from kvblend_rag.vllm_plugin.survey import Refused, check_shift, refuse_options, survey_layers
+from kvblend_rag.vllm_plugin.writer import Writer
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerSide:
+    """Lives in a worker's process; never learns of queues or of the catalogue's contents."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self._vllm_config = vllm_config
+        self._config = BlendConfig.load(**vllm_config.kv_transfer_config.kv_connector_extra_config)
+        self._runner: Any = None
+        self._handshake: Handshake | None = None
+        self._outcomes: dict[str, Outcome] = {}
+        self._paged: PagedKV
+        self._blender: Blender
+        self._store: TieredStore | None = None
+        self._writer: Writer | None = None
+
+    def bind(self, runner: Any) -> None:
+        """Take vLLM's model runner, once its KV cache is there."""
+        self._runner = runner
+
+    def handshake(self) -> Handshake:
+        """Survey the model, once; called when it is warmed up and before the first request."""
+        if self._handshake is None:
+            self._handshake = self._survey()
+        return self._handshake
+
+    def blend(self, jobs: Iterable[BlendJob]) -> None:
+        """Blend requests, in the order in which they were admitted."""
+        for job in jobs:
+            self._outcomes[job.request_id] = self._blender.blend(job)
+
+    @torch.inference_mode()
+    def save(self, jobs: Iterable[SaveJob]) -> None:
+        """Copy chunks out of the paged cache and hand them to the writer."""
+        for job in jobs:
+            assert self._writer is not None
+            slots = self._paged.slots(job.block_ids, torch.arange(job.start, job.stop))
+            layers = [torch.stack(self._paged.read(layer, slots)) for layer in self._paged.layers]
+            self._writer.write(StoredChunk(job.key, job.namespace, job.token_ids, torch.stack(layers).cpu()))
+
+    def take_outcomes(self) -> StepOutcome | None:
+        """What was blended since the last call."""
+        if not self._outcomes:
+            return None
+        outcomes, self._outcomes = self._outcomes, {}
+        return StepOutcome(outcomes)
+
+    # Called from outside through KVBlendWorker.kvblend
+
+    def describe(self) -> dict[str, Any]:
+        """Fingerprint, ingest context, and why the model is refused, if it is."""
+        handshake = self.handshake()
+        return {
+            "fingerprint": handshake.fingerprint,
+            "context": list(handshake.context),
+            "refusal": handshake.refusal,
+            "rank": handshake.rank,
+        }
+
+    def flush(self) -> dict[str, str]:
+        """Wait until every saved chunk is durable; reasons of those that failed, by key."""
+        return {} if self._writer is None else self._writer.flush()
+
+    def prefetch(self, keys: list[str]) -> int:
+        """Bring chunks into the fastest tier; how many are there now."""
+        return 0 if self._store is None else self._store.prefetch(keys)
+
+    def forget(self, keys: list[str]) -> list[str]:
+        """Delete those chunks that no document holds, from every tier."""
+        return [] if self._store is None else self._store.delete_unheld(keys)
+
+    def close(self) -> None:
+        """Finish writing and close the store; a second call does nothing."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._store is not None:
+            self._store.close()
+
+    def _survey(self) -> Handshake:
+        refusal, identity, context = None, "", []
+        ranks = Ranks()
+        try:
+            unsupported = compat.unsupported_version()
+            if unsupported is not None:
+                raise Refused(unsupported)
+            if self._runner is None:
+                raise Refused("start vLLM with --worker-cls kvblend_rag.vllm_plugin.worker_cls.KVBlendWorker")
+            refuse_options(self._vllm_config)
+            layers = survey_layers(self._runner)
+            self._paged = PagedKV(layers, int(self._vllm_config.cache_config.block_size))
+            forward = ScatteredForward(self._runner, self._paged)
+            check_shift(layers, self._paged, forward, self._vllm_config)
+            identity = fingerprint(self._vllm_config)
+            tokenizer = cached_tokenizer_from_config(self._vllm_config.model_config)
+            context = ingest_context(self._config.ingest_context, tokenizer, self._config.system_prompt)
+            shard = (ranks.rank, ranks.size)
+            self._store = open_store(self._config, shard, pin=self._paged.device.type == "cuda")
+            self._writer = Writer(self._store, open_catalogue(self._config), shard)
+            self._blender = Blender(self._paged, forward, self._store, len(context), ranks)
+        except (Refused, ValueError, KVBlendError) as error:
+            refusal = str(error).rstrip(".")
+            logger.warning("kvblend does not blend: %s.", refusal)
+        return Handshake(identity, tuple(context), refusal, ranks.rank, ranks.size)
+
+
+__all__ = ["WorkerSide"]
