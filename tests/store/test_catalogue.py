@@ -72,6 +72,8 @@ def test_what_is_no_chunk_is_not_listed(catalogue, bad):
     with pytest.raises(StoreError):
         catalogue.add_rows([row(2), bad])
     assert catalogue.missing([key(2)]) == [key(2)], "a failed transaction must leave nothing"
+    catalogue.add(*row(3))
+    assert catalogue.missing([key(2), key(3)]) == [key(2)], "and must not spoil the next"
 
 
 def test_removed_and_added_again(catalogue):

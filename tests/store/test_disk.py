@@ -303,3 +303,15 @@ def test_threads_share_a_store(make, opened):
         thread.join()
     assert failures == []
     assert store.nbytes() <= 6 * FILE
+
+
+def test_one_at_a_time_adds_or_removes_files(root, make):
+    store = DiskStore(root)
+    putting = threading.Thread(target=store.put, args=(make(1),))
+    with StoreLayout(root).lock():
+        putting.start()
+        putting.join(0.3)
+        assert putting.is_alive()
+        assert not store.contains(make(1).key)
+    putting.join()
+    assert store.contains(make(1).key)
