@@ -36,6 +36,12 @@ def _default_store() -> str:
 class BlendConfig:
     """Settings of the chunk store and of blending. Immutable, picklable, printable."""
 
+    model: str = ""
+    """Folder or hub name of the model; may be given where the engine is made instead."""
+
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Any of vLLM's engine arguments, as ``max_model_len: 4096``."""
+
     enable_blending: bool = True
     """Off: every request is an ordinary prefill; ingest still works."""
 
@@ -100,6 +106,10 @@ class BlendConfig:
         """Every setting with its effective value, JSON-able."""
         return dataclasses.asdict(self)
 
+    def connector_settings(self) -> dict[str, Any]:
+        """The part of the settings that travels to vLLM's processes."""
+        return {name: value for name, value in self.to_dict().items() if name not in ("model", "engine_args")}
+
     def __post_init__(self) -> None:
         for name, low, high in (
             ("chunk_size", 16, 65_536),
@@ -152,6 +162,10 @@ def _as_type(name: str, value: Any, kind: Any, where: str) -> Any:
         if value in get_args(kind):
             return value
         raise ConfigError(f"{name} {where} is {value!r}, and must be one of {', '.join(get_args(kind))}.")
+    if get_origin(kind) is dict:
+        if isinstance(value, dict):
+            return dict(value)
+        raise ConfigError(f"{name} {where} is {value!r}, and must hold `key: value` lines.")
     if kind is float and type(value) is int:
         return float(value)
     wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")

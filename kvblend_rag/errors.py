@@ -1,15 +1,15 @@
 """What can go wrong, as a tree; each message says what is wrong and what to do.
 
-    KVBlendError
-    ├── ConfigError           a key, value, file or option we can't accept
-    ├── EngineUnavailable     vLLM is missing, too old, or did not start
-    ├── ModelNotFound         no model at this path or name
-    ├── PromptTooLong         the prompt leaves no room in the model's context
-    ├── ChunkRejected         an empty chunk, or one too short to be found again
-    └── StoreError            the store can't be opened, read or written
-        ├── StoreFull         no space left on the device
-        ├── ChunkMissing      the catalogue names a chunk whose tensors are gone
-        └── ChunkDamaged      the tensors are there and are not what was written
+KVBlendError
+├── ConfigError           a key, value, file or option we can't accept
+├── EngineUnavailable     vLLM is missing, too old, or did not start
+├── ModelNotFound         no model at this path or name
+├── PromptTooLong         the prompt leaves no room in the model's context
+├── ChunkRejected         an empty chunk, or one too short to be found again
+└── StoreError            the store can't be opened, read or written
+    ├── StoreFull         no space left on the device
+    ├── ChunkMissing      the catalogue names a chunk whose tensors are gone
+    └── ChunkDamaged      the tensors are there and are not what was written
 """
 
 from __future__ import annotations
@@ -55,7 +55,12 @@ class ChunkDamaged(StoreError):
     """The chunk's tensors fail their checksum or have another shape than written."""
 
 
+VLLM_MISSING = (
+    "vLLM is not installed: pip install 'kvblend-rag[gpu]', or 'kvblend-rag[cpu]' on a machine without a GPU."
+)
+
 __all__ = [
+    "VLLM_MISSING",
     "ChunkDamaged",
     "ChunkMissing",
     "ChunkRejected",

@@ -44,9 +44,7 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...  # noqa: D102
 
 
-def ingest_context(
-    kind: IngestContextKind, tokenizer: Tokenizer, system_prompt: str | None = None
-) -> list[int]:
+def ingest_context(kind: IngestContextKind, tokenizer: Tokenizer, system_prompt: str | None = None) -> list[int]:
     """Token ids of the context that a chunk is computed behind.
 
     Args:

@@ -43,10 +43,10 @@ def platform_worker() -> type[Any]:
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_worker import CPUWorker
 
-        return CPUWorker  # type: ignore[no-any-return]
+        return CPUWorker
     from vllm.v1.worker.gpu_worker import Worker
 
-    return Worker  # type: ignore[no-any-return]
+    return Worker
 
 
 def find_connector(kind: type[Any]) -> Any | None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-class KVBlendConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class KVBlendConnector(KVConnectorBase_V1):
     """Blends stored chunk KV into prompts; one instance in the scheduler's process, one in each worker."""
 
     def __init__(
@@ -49,15 +49,11 @@ class KVBlendConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Match and plan."""
         self.scheduler.arrived(request)
 
-    def get_num_new_matched_tokens(
-        self, request: Request, num_computed_tokens: int
-    ) -> tuple[int | None, bool]:
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many prompt tokens behind the local prefix-cache hit we will provide."""
         return self.scheduler.claim(request, num_computed_tokens), False
 
-    def update_state_after_alloc(
-        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
-    ) -> None:
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """The request has its blocks."""
         self.scheduler.admitted(request, blocks.get_block_ids()[0], num_external_tokens)
 

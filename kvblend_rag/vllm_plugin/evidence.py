@@ -25,7 +25,10 @@ def middle_layers(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
 
 
 def question_attention(
-    job: BlendJob, paged: PagedKV, forward: ScatteredForward, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
+    job: BlendJob,
+    paged: PagedKV,
+    forward: ScatteredForward,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], int]:
     """Attention of the question on each reused token: ``question_mass`` and ``last_mass``.
 

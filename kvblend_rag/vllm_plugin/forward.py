@@ -38,9 +38,7 @@ class ScatteredForward:
         self._runner, self._paged = runner, paged
         self._config = runner.vllm_config
         self._groups = [group for groups in runner.attn_groups for group in groups]
-        self._builders = [
-            compat.private_builder(group, self._config, paged.device) for group in self._groups
-        ]
+        self._builders = [compat.private_builder(group, self._config, paged.device) for group in self._groups]
         scheduler = self._config.scheduler_config
         # The compiled model asserts beyond the first; FlashInfer and others keep buffers of the second.
         self._max_tokens = int(scheduler.max_num_batched_tokens)
@@ -69,7 +67,9 @@ class ScatteredForward:
             batch.sort(key=lambda row: row.stop - row.start > 1)
             self._run_batch(batch, around or nullcontext(), position_offset)
             done.extend(batch)
-        return np.concatenate([np.arange(row.start, row.stop, dtype=np.int32) for row in done] or [np.zeros(0, np.int32)])
+        return np.concatenate(
+            [np.arange(row.start, row.stop, dtype=np.int32) for row in done] or [np.zeros(0, np.int32)]
+        )
 
     def _batches(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
         batch: list[Row] = []

@@ -27,7 +27,7 @@ class AttentionLayer:
     @property
     def cache(self) -> torch.Tensor:
         """(blocks, kv_heads, block_size, 2 * head_dim), strides and inner order as the backend likes."""
-        return self.module.kv_cache  # type: ignore[no-any-return]
+        return self.module.kv_cache
 
 
 class PagedKV:
@@ -51,15 +51,11 @@ class PagedKV:
     def slots(self, block_ids: Sequence[int], positions: torch.Tensor) -> torch.Tensor:
         """(tokens,) int64 slot of each position of a request, given its block ids."""
         table = torch.as_tensor(block_ids, dtype=torch.int64)
-        return (table[positions // self.block_size] * self.block_size + positions % self.block_size).to(
-            self.device
-        )
+        return (table[positions // self.block_size] * self.block_size + positions % self.block_size).to(self.device)
 
     def write(self, layer: AttentionLayer, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         """Put keys and values, each (tokens, kv_heads, head_dim), into a layer's slots."""
-        layer.module.impl.do_kv_cache_update(
-            layer.module, keys.contiguous(), values.contiguous(), layer.cache, slots
-        )
+        layer.module.impl.do_kv_cache_update(layer.module, keys.contiguous(), values.contiguous(), layer.cache, slots)
 
     def read(self, layer: AttentionLayer, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, each (tokens, kv_heads, head_dim), out of a layer's slots."""

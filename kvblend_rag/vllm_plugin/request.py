@@ -1,9 +1,9 @@
 """What a request asks of kvblend, in ``kv_transfer_params["kvblend"]``; the same over HTTP.
 
-    blend        false for an ordinary prefill
-    selector, ratio, span    how recomputed tokens are chosen
-    tenant       whose chunks may be used
-    ingest       {key, namespace, start}: save the KV of the prompt from ``start`` on
+blend        false for an ordinary prefill
+selector, ratio, span    how recomputed tokens are chosen
+tenant       whose chunks may be used
+ingest       {key, namespace, start}: save the KV of the prompt from ``start`` on
 """
 
 from __future__ import annotations
@@ -52,7 +52,12 @@ def read_wish(request: Request, config: BlendConfig) -> Wish:
         raise ConfigError(f"kv_transfer_params['{PARAMETER}'] must be a mapping, and is {given!r}.")
     given = dict(given)
     ingest = given.pop("ingest", None)
-    names = {"blend": "enable_blending", "selector": "selector", "ratio": "recompute_ratio", "span": "span_size"}
+    names = {
+        "blend": "enable_blending",
+        "selector": "selector",
+        "ratio": "recompute_ratio",
+        "span": "span_size",
+    }
     changes = {names.get(name, name): value for name, value in given.items()}
     unknown = changes.keys() - {*names.values(), "tenant"}
     if unknown:

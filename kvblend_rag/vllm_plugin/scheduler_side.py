@@ -21,9 +21,20 @@ from kvblend_rag.blend.gate import refusal
 from kvblend_rag.blend.plan import BlendPlan, make_plan
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import KVBlendError
+from kvblend_rag.ingest import STORING
 from kvblend_rag.report import BlendReport, ChunkUse
+from kvblend_rag.selectors import get_selector
+from kvblend_rag.selectors.base import Evidence
 from kvblend_rag.vllm_plugin.library import Library
-from kvblend_rag.vllm_plugin.metadata import BlendJob, Handshake, Outcome, Recipe, SaveJob, StepOutcome, StepPlan
+from kvblend_rag.vllm_plugin.metadata import (
+    BlendJob,
+    Handshake,
+    Outcome,
+    Recipe,
+    SaveJob,
+    StepOutcome,
+    StepPlan,
+)
 from kvblend_rag.vllm_plugin.prefix_cache import isolate, still_computing
 from kvblend_rag.vllm_plugin.request import PARAMETER, Ingest, facts, read_wish
 
@@ -131,9 +142,7 @@ class SchedulerSide:
             return
         first = blend.plan.prompt_tokens - 1 - external
         plan = blend.plan.clip(first, self._config.min_run)
-        self._jobs.append(
-            BlendJob(request.request_id, blend.token_ids, tuple(block_ids), first, plan, blend.recipe)
-        )
+        self._jobs.append(BlendJob(request.request_id, blend.token_ids, tuple(block_ids), first, plan, blend.recipe))
         self._note(
             request.request_id,
             blended=True,
@@ -206,8 +215,10 @@ class SchedulerSide:
         report = replace(report, milliseconds={"match": (time.perf_counter() - started) * 1e3})
         if not plan.runs:
             return self._nothing_matched(wish.tenant), report
-        digest = plan.digest(wish.recipe.selector, wish.recipe.ratio, wish.recipe.span, tenant=wish.tenant)
-        self._blends[request.request_id] = _Blend(prompt, plan, wish.recipe, digest)
+        recipe = wish.recipe
+        sees_question = Evidence.QUESTION_ATTENTION in get_selector(recipe.selector).needs
+        digest = plan.digest(recipe.selector, recipe.ratio, recipe.span, sees_question=sees_question)
+        self._blends[request.request_id] = _Blend(prompt, plan, recipe, digest)
         return None, report
 
     def _plan_saving(self, request_id: str, prompt: TokenIds, ingest: Ingest, tenant: str) -> str | None:
@@ -217,7 +228,7 @@ class SchedulerSide:
         if ingest.namespace != space or ingest.key != chunk_key(space, tokens):
             return "the chunk's key does not belong to this model, ingest context and tenant; nothing was stored"
         self._savings[request_id] = _Saving(tokens, ingest)
-        return "the request computes a chunk in order to store it"
+        return STORING
 
     def _nothing_matched(self, tenant: str) -> str:
         assert self._library is not None
@@ -248,7 +259,12 @@ class SchedulerSide:
                 ingest = saving.ingest
                 jobs.append(
                     SaveJob(
-                        request_id, ingest.key, ingest.namespace, saving.token_ids, ingest.start, tuple(saving.blocks)
+                        request_id,
+                        ingest.key,
+                        ingest.namespace,
+                        saving.token_ids,
+                        ingest.start,
+                        tuple(saving.blocks),
                     )
                 )
                 del self._savings[request_id]

@@ -59,7 +59,7 @@ class Taps:
         tapped = {
             name: _TappedLayer(
                 context.no_compile_layers[name],
-                lambda query, seen=self.queries[name]: seen.append(query.clone()),
+                self._see(name),
                 last=name == self._names[-1],
             )
             for name in self._names
@@ -69,6 +69,10 @@ class Taps:
             yield
         except _Stop:
             return
+
+    def _see(self, name: str) -> Callable[[torch.Tensor], None]:
+        seen = self.queries[name]
+        return lambda query: seen.append(query.clone())
 
     def __enter__(self) -> Taps:
         self._context = self._entered()

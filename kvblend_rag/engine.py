@@ -1,0 +1,97 @@
+"""Engine: what the package asks of an inference engine. vLLM is behind it; nothing here knows it.
+
+Engines run on a loop of their own, in a thread of their own. ``generate`` may be iterated in any event
+loop, ``run`` is for callers without one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+from kvblend_rag.blend.chunk import TokenIds
+from kvblend_rag.output import RequestOutput
+
+Prompt: TypeAlias = "str | Sequence[int] | TokenIds | dict[str, Any]"
+"""Text, token ids, or one of vLLM's prompt dictionaries."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What an engine runs."""
+
+    model: str
+    max_model_len: int
+    dtype: str
+    device: str
+    version: str
+    """Name and version of the inference engine."""
+    fingerprint: str
+    """Digest of model, dtype, rotary parameters and tokenizer: half of a chunk's namespace."""
+    context: tuple[int, ...]
+    """Token ids of the ingest context: the other half."""
+    refusal: str | None
+    """Why this model can't be blended; None when it can."""
+
+
+class Engine(ABC):
+    """An inference engine with a chunk store."""
+
+    info: EngineInfo
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, with the interface of Transformers."""
+
+    @abstractmethod
+    def one_token(self) -> Any:
+        """Sampling parameters of a request that only computes its prompt."""
+
+    @abstractmethod
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: Any = None,
+        *,
+        options: dict[str, Any] | None = None,
+        **extra: Any,
+    ) -> AsyncIterator[RequestOutput]:
+        """Outputs of one request as they come, cumulative unless the sampling parameters say otherwise.
+
+        Leaving the iteration aborts the request.
+
+        Args:
+            prompt: what is answered.
+            sampling_params: vLLM's ``SamplingParams``; None for its defaults.
+            options: this request's blending: ``blend``, ``selector``, ``ratio``, ``span``, ``tenant``, or
+                ``ingest``.
+            extra: passed on to vLLM's ``generate``, such as ``priority``.
+
+        Raises:
+            PromptTooLong: the prompt leaves no room in the context.
+            ConfigError: a value that can't be used.
+        """
+
+    @abstractmethod
+    async def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a maintenance method of the workers (``flush``, ``prefetch``, ``forget``); one result a rank."""
+
+    @abstractmethod
+    async def reset_prefix_cache(self) -> None:
+        """Empty vLLM's own prefix cache; for measuring."""
+
+    @abstractmethod
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the engine's loop and wait for it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop the engine and free its memory; a second call does nothing."""
+
+
+__all__ = ["Engine", "EngineInfo", "Prompt"]

@@ -1,0 +1,202 @@
+"""Ingest: texts become chunks, and chunks become stored KV; what happened to each, in a report."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvblend_rag.blend.chunk import TokenIds, as_token_ids, chunk_key, namespace
+from kvblend_rag.blend.split import split_text
+from kvblend_rag.config import BlendConfig
+from kvblend_rag.engine import Engine
+from kvblend_rag.errors import ChunkRejected, StoreError, StoreFull
+from kvblend_rag.store import Catalogue
+
+MATCHING_WINDOW = 16
+"""A chunk of fewer tokens can't be found again in a prompt (blend.match.ChunkIndex)."""
+
+_AT_ONCE = 64
+"""Chunks in vLLM's hands at a time: enough to fill its batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestReport:
+    """What became of the texts."""
+
+    chunks: int = 0
+    """Chunks the texts were split into, equal ones counted once."""
+    computed: int = 0
+    """Chunks whose KV was computed and stored now."""
+    present: int = 0
+    """Chunks that were stored already."""
+    tokens: int = 0
+    """Tokens computed."""
+    seconds: float = 0.0
+    keys: tuple[tuple[str, ...], ...] = ()
+    """By text: the keys of its chunks, in order."""
+    skipped: tuple[tuple[int, str], ...] = ()
+    """Index of a text that was not ingested, or not all of it, and why."""
+
+    def __str__(self) -> str:
+        rate = f", {self.tokens / self.seconds:,.0f} tokens/s" if self.computed and self.seconds else ""
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
+        return f"{self.chunks} chunks: {self.computed} computed, {self.present} already stored{skipped}{rate}"
+
+
+@dataclass
+class _Pieces:
+    """One text, cut into chunks."""
+
+    keys: list[str] = field(default_factory=list)
+    reason: str | None = None
+
+
+class Ingester:
+    """Cuts texts into chunks, and has an engine compute those that the store does not hold.
+
+    Args:
+        engine: computes and stores.
+        catalogue: tells what is stored.
+        config: chunk size and tenant.
+    """
+
+    def __init__(self, engine: Engine, catalogue: Catalogue, config: BlendConfig) -> None:
+        self._engine, self._catalogue, self._config = engine, catalogue, config
+        info = engine.info
+        self.namespace = namespace(info.fingerprint, info.context, config.tenant)
+        self._longest = min(config.chunk_size, info.max_model_len - len(info.context) - 1)
+
+    def cut(self, text: str) -> list[TokenIds]:
+        """A text's chunks, each int32 of shape (tokens,), at most ``chunk_size`` long.
+
+        Raises:
+            ChunkRejected: the text is empty, or too short to be found again.
+        """
+        if not text.strip():
+            raise ChunkRejected("The chunk is empty: there is nothing to precompute.")
+        whole = self._encode(text)
+        if len(whole) < MATCHING_WINDOW:
+            raise ChunkRejected(
+                f"The chunk has {len(whole)} tokens, and fewer than {MATCHING_WINDOW} can't be found again in a "
+                "prompt: join it with its neighbours."
+            )
+        if len(whole) <= self._longest:
+            return [whole]
+        pieces = split_text(text, lambda part: len(self._encode(part)), self._longest, MATCHING_WINDOW)
+        return [tokens for tokens in map(self._encode, pieces) if len(tokens) >= MATCHING_WINDOW]
+
+    def keys(self, text: str) -> list[str]:
+        """The keys of a text's chunks; none for a text that could not be ingested."""
+        try:
+            return [chunk_key(self.namespace, chunk) for chunk in self.cut(text)]
+        except ChunkRejected:
+            return []
+
+    async def ingest(
+        self,
+        texts: Sequence[str],
+        document_ids: Sequence[str] | None,
+        done: Callable[[int], Any],
+    ) -> tuple[list[_Pieces], dict[str, TokenIds], dict[str, str]]:
+        """Have every chunk of the texts stored.
+
+        Args:
+            texts: what is cut and computed.
+            document_ids: who holds each text's chunks; None: nobody in particular.
+            done: called with the number of chunks that are dealt with since the last call.
+
+        Returns:
+            Pieces by text; token ids of the chunks that were computed, by key; why chunks were not
+            stored, by key.
+        """
+        tokens: dict[str, TokenIds] = {}
+        pieces = []
+        for text in texts:
+            piece = _Pieces()
+            try:
+                for chunk in self.cut(text):
+                    key = chunk_key(self.namespace, chunk)
+                    tokens[key] = chunk
+                    piece.keys.append(key)
+            except ChunkRejected as error:
+                piece.reason = str(error)
+            pieces.append(piece)
+        self._hold(pieces, document_ids)
+        missing = self._catalogue.missing(tokens)
+        done(len(tokens) - len(missing))
+        wanted = {key: tokens[key] for key in missing}
+        failed = await self._compute(wanted, done)
+        return pieces, wanted, failed
+
+    def _hold(self, pieces: Iterable[_Pieces], document_ids: Sequence[str] | None) -> None:
+        # Holds before rows: a release elsewhere can't take a chunk away between the question and the answer.
+        tenant = self._config.tenant
+        if document_ids is None:
+            self._catalogue.hold("", [key for piece in pieces for key in piece.keys], tenant)
+            return
+        by_document: dict[str, list[str]] = {}
+        for piece, document_id in zip(pieces, document_ids, strict=True):
+            by_document.setdefault(document_id, []).extend(piece.keys)
+        for document_id, keys in by_document.items():
+            self._catalogue.hold(document_id, keys, tenant)
+
+    async def _compute(self, wanted: dict[str, TokenIds], done: Callable[[int], Any]) -> dict[str, str]:
+        failed: dict[str, str] = {}
+        gate = asyncio.Semaphore(_AT_ONCE)
+
+        async def one(key: str, chunk: TokenIds) -> None:
+            async with gate:
+                if not failed:
+                    reason = await self._compute_one(key, chunk)
+                    if reason is not None:
+                        failed[key] = reason
+                done(1)
+
+        try:
+            await asyncio.gather(*(one(key, chunk) for key, chunk in wanted.items()))
+        finally:
+            # Also after Ctrl-C: what was computed gets written and listed.
+            for failures in await self._engine.call("flush"):
+                failed.update(failures)
+        for key in self._catalogue.missing(wanted):
+            failed.setdefault(key, "the chunk was computed and did not reach the store")
+        return failed
+
+    async def _compute_one(self, key: str, chunk: TokenIds) -> str | None:
+        context = self._engine.info.context
+        options = {
+            "tenant": self._config.tenant,
+            "ingest": {"key": key, "namespace": self.namespace, "start": len(context)},
+        }
+        reason = None
+        async for output in self._engine.generate(
+            as_token_ids([*context, *chunk]), self._engine.one_token(), options=options
+        ):
+            reason = output.report.reason
+        return None if reason == STORING else reason
+
+    def _encode(self, text: str) -> TokenIds:
+        return as_token_ids(self._engine.tokenizer.encode(text, add_special_tokens=False))
+
+
+STORING = "the request computes a chunk in order to store it"
+"""The report's reason on a request that ingests."""
+
+
+def raise_if_store_failed(failed: dict[str, str]) -> None:
+    """Raise what kept chunks from being stored, in one sentence.
+
+    Raises:
+        StoreFull: no space left.
+        StoreError: anything else.
+    """
+    if not failed:
+        return
+    reason = next(iter(failed.values())).rstrip(".")
+    full = "space" in reason
+    raise (StoreFull if full else StoreError)(f"{len(failed)} chunks could not be stored: {reason}.")
+
+
+__all__ = ["MATCHING_WINDOW", "STORING", "IngestReport", "Ingester", "raise_if_store_failed"]

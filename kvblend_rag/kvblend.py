@@ -1,0 +1,185 @@
+"""KVBlend: the one handle on engine and store, shared by LLM and the framework integrations."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from kvblend_rag.config import BlendConfig
+from kvblend_rag.engine import Engine
+from kvblend_rag.errors import VLLM_MISSING, ConfigError, EngineUnavailable
+from kvblend_rag.ingest import Ingester, IngestReport, raise_if_store_failed
+from kvblend_rag.store import Catalogue, open_catalogue
+
+
+class KVBlend:
+    """An engine that starts on first use, and the chunk store beside it.
+
+    Args:
+        config: every setting, the model's name among them.
+        engine: one that runs already; None starts vLLM when it is first needed.
+    """
+
+    def __init__(self, config: BlendConfig, engine: Engine | None = None) -> None:
+        self.config = config
+        self._engine = engine
+        self._catalogue: Catalogue | None = None
+        self._ingester: Ingester | None = None
+        self._lock = threading.RLock()
+        self._closed = False
+        _open_handles.add(self)
+
+    @classmethod
+    def from_config(cls, path: str | Path | None = None, **settings: Any) -> KVBlend:
+        """From a YAML file (or ``KVBLEND_CONFIG_FILE``, variables and defaults) and keyword arguments."""
+        return cls(BlendConfig.load(path, **settings))
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, started when it is first asked for.
+
+        Raises:
+            EngineUnavailable: vLLM is not installed, of an unsupported version, or did not start.
+            ModelNotFound: there is no such model.
+        """
+        with self._lock:
+            if self._closed:
+                raise EngineUnavailable("This engine was closed: make a new one.")
+            if self._engine is None:
+                self._engine = _launch(self.config)
+            return self._engine
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """Which chunks are stored and which documents hold them."""
+        with self._lock:
+            if self._catalogue is None:
+                self._catalogue = open_catalogue(self.config)
+            return self._catalogue
+
+    def ingest(
+        self, texts: str | Sequence[str], *, document_ids: Sequence[str] | None = None, progress: bool = True
+    ) -> IngestReport:
+        """Precompute and store the KV of texts; what is stored already is not computed again.
+
+        When this returns, everything reported as computed is on disk and survives a crash. Interrupted,
+        it goes on where it stopped when called again.
+
+        Args:
+            texts: each a chunk; those longer than ``chunk_size`` tokens are split at natural boundaries.
+            document_ids: one a text, for ``release``; equal ones belong together.
+            progress: show a progress bar.
+
+        Raises:
+            StoreError: the store can't be written (StoreFull: no space is left).
+        """
+        return self.engine.run(self.aingest(texts, document_ids=document_ids, progress=progress))
+
+    async def aingest(
+        self, texts: str | Sequence[str], *, document_ids: Sequence[str] | None = None, progress: bool = True
+    ) -> IngestReport:
+        """``ingest`` for callers in an event loop."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if document_ids is not None and len(document_ids) != len(texts):
+            raise ConfigError(f"{len(texts)} texts came with {len(document_ids)} document ids: give one each.")
+        started = time.perf_counter()
+        ingester = self._ready_ingester()
+        with tqdm(total=None, desc="Precomputing KV", unit="chunk", disable=not progress) as bar:
+            pieces, wanted, failed = await ingester.ingest(texts, document_ids, bar.update)
+        raise_if_store_failed(failed)
+        return IngestReport(
+            chunks=len({key for piece in pieces for key in piece.keys}),
+            computed=len(wanted),
+            present=len({key for piece in pieces for key in piece.keys} - wanted.keys()),
+            tokens=sum(map(len, wanted.values())),
+            seconds=time.perf_counter() - started,
+            keys=tuple(tuple(piece.keys) for piece in pieces),
+            skipped=tuple((i, piece.reason) for i, piece in enumerate(pieces) if piece.reason is not None),
+        )
+
+    def release(self, document_ids: Sequence[str]) -> int:
+        """Documents no longer need their chunks; those that nobody else holds are deleted.
+
+        Returns:
+            How many chunks were deleted.
+        """
+        return self.engine.run(self.arelease(document_ids))
+
+    async def arelease(self, document_ids: Sequence[str]) -> int:
+        """``release`` for callers in an event loop."""
+        free: list[str] = []
+        for document_id in document_ids:
+            free.extend(self.catalogue.release(document_id, self.config.tenant))
+        if not free:
+            return 0
+        return max((len(gone) for gone in await self.engine.call("forget", free)), default=0)
+
+    def prefetch(self, texts: Sequence[str]) -> int:
+        """Bring the chunks of texts into the fastest tier before a prompt asks for them.
+
+        Returns:
+            How many are there now; texts that were never ingested are passed over.
+        """
+        return self.engine.run(self.aprefetch(texts))
+
+    async def aprefetch(self, texts: Sequence[str]) -> int:
+        """``prefetch`` for callers in an event loop."""
+        keys = [key for text in texts for key in self._ready_ingester().keys(text)]
+        return max(await self.engine.call("prefetch", keys), default=0) if keys else 0
+
+    def close(self) -> None:
+        """Stop the engine and close the store; a second call does nothing."""
+        with self._lock:
+            self._closed = True
+            if self._engine is not None:
+                self._engine.close()
+            if self._catalogue is not None:
+                self._catalogue.close()
+                self._catalogue = None
+
+    def __enter__(self) -> KVBlend:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _ready_ingester(self) -> Ingester:
+        engine = self.engine
+        if engine.info.refusal is not None:
+            raise ConfigError(
+                f"Chunks can't be precomputed for {engine.info.model}: {engine.info.refusal}. "
+                "Prompts are answered by an ordinary prefill."
+            )
+        with self._lock:
+            if self._ingester is None:
+                self._ingester = Ingester(engine, self.catalogue, self.config)
+            return self._ingester
+
+
+def _launch(config: BlendConfig) -> Engine:
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineUnavailable(VLLM_MISSING)
+    from kvblend_rag.vllm_plugin.engine import VLLMEngine
+
+    return VLLMEngine.launch(config.model, config, **config.engine_args)
+
+
+_open_handles: weakref.WeakSet[KVBlend] = weakref.WeakSet()
+
+
+@atexit.register
+def close_all() -> None:
+    """Close every handle that is still open; runs at exit by itself."""
+    for handle in list(_open_handles):
+        handle.close()
+
+
+__all__ = ["KVBlend", "close_all"]

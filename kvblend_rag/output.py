@@ -1,0 +1,56 @@
+"""What a request returns: the fields of vLLM's own outputs, with times that count from submission."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvblend_rag.report import BlendReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestMetrics:
+    """Times of one request, in seconds since the epoch.
+
+    vLLM stamps scheduling after an asynchronous load; here ``first_scheduled_time`` is the submission, so
+    that ``first_token_time - first_scheduled_time`` is the time to first token, loading included.
+    """
+
+    first_scheduled_time: float
+    first_token_time: float
+    finished_time: float
+
+    @property
+    def ttft(self) -> float:
+        """Time to first token, in seconds."""
+        return self.first_token_time - self.first_scheduled_time
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionOutput:
+    """One generated text."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Any]] | None = None
+    """By generated token: vLLM's ``Logprob`` by token id."""
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOutput:
+    """A request's outputs so far; ``metrics`` and ``report`` are complete when it is finished."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics | None = None
+    report: BlendReport = field(default_factory=BlendReport)
+
+
+__all__ = ["CompletionOutput", "RequestMetrics", "RequestOutput"]

@@ -1,0 +1,210 @@
+"""VLLMEngine: one vLLM ``AsyncLLM`` on a background loop, behind the Engine protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import time
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from kvblend_rag.config import BlendConfig
+from kvblend_rag.engine import Engine, EngineInfo, Prompt
+from kvblend_rag.errors import ConfigError, KVBlendError, PromptTooLong
+from kvblend_rag.output import CompletionOutput, RequestMetrics, RequestOutput
+from kvblend_rag.report import BlendReport
+from kvblend_rag.vllm_plugin import compat
+from kvblend_rag.vllm_plugin.launch import connector_arguments, start
+from kvblend_rag.vllm_plugin.loop import LoopThread
+from kvblend_rag.vllm_plugin.request import PARAMETER
+
+T = TypeVar("T")
+
+
+class VLLMEngine(Engine):
+    """vLLM with our connector.
+
+    Use :meth:`launch` to start one, :meth:`adopt` for one that runs already.
+    """
+
+    def __init__(self, llm: AsyncLLM, loop: LoopThread, *, owned: bool) -> None:
+        self._llm, self._loop, self._owned = llm, loop, owned
+        self._ids = itertools.count()
+        self._closed = False
+        model = llm.vllm_config.model_config
+        try:
+            described: list[dict[str, Any]] = self.run(self.call("describe"))
+        except Exception as error:
+            raise ConfigError(
+                "This engine runs without kvblend: start it with vllm_plugin.launch.connector_arguments(config)."
+            ) from error
+        first = min(described, key=lambda each: int(each["rank"]))
+        self.info = EngineInfo(
+            model=str(model.model),
+            max_model_len=int(model.max_model_len),
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(llm.vllm_config.device_config.device_type),
+            version=f"vLLM {compat.version()}",
+            fingerprint=first["fingerprint"],
+            context=tuple(first["context"]),
+            refusal=next((each["refusal"] for each in described if each["refusal"]), None),
+        )
+
+    @classmethod
+    def launch(cls, model: str, config: BlendConfig, **options: Any) -> VLLMEngine:
+        """Start vLLM; raises what ``launch.start`` raises."""
+        loop = LoopThread()
+
+        async def starting() -> AsyncLLM:
+            return start(model, config, **options)
+
+        try:
+            llm = loop.run(starting())
+            return cls(llm, loop, owned=True)
+        except BaseException:
+            loop.stop()
+            raise
+
+    @classmethod
+    def adopt(cls, llm: AsyncLLM) -> VLLMEngine:
+        """Use an ``AsyncLLM`` that the caller has started with ``connector_arguments(config)``.
+
+        When it has answered requests already, its loop must be running in another thread.
+
+        Raises:
+            ConfigError: it is no ``AsyncLLM``, runs without the connector, or lives in this thread's loop.
+        """
+        if not isinstance(llm, AsyncLLM):
+            raise ConfigError(
+                f"from_engine takes a vLLM AsyncLLM, not {type(llm).__name__}: build one with "
+                "AsyncLLM.from_engine_args(AsyncEngineArgs(model, **connector_arguments(config)))."
+            )
+        handler = llm.output_handler
+        loop = handler.get_loop() if handler is not None else None
+        try:
+            own = asyncio.get_running_loop()
+        except RuntimeError:
+            own = None
+        if loop is not None and loop is own:
+            raise ConfigError("The engine lives in this thread's event loop: call from_engine from another thread.")
+        return cls(llm, LoopThread(loop), owned=False)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._llm.get_tokenizer()
+
+    def one_token(self) -> SamplingParams:
+        """See :meth:`Engine.one_token`."""
+        return SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        options: dict[str, Any] | None = None,
+        **extra: Any,
+    ) -> AsyncIterator[RequestOutput]:
+        """See :meth:`Engine.generate`."""
+        return self._loop.stream(lambda: self._generate(prompt, sampling_params, options, extra))
+
+    async def call(self, method: str, *arguments: Any) -> list[Any]:
+        """See :meth:`Engine.call`."""
+        work = self._llm.collective_rpc("kvblend", args=(method, *arguments))
+        return list(await self._loop.run_async(work))
+
+    async def reset_prefix_cache(self) -> None:
+        """See :meth:`Engine.reset_prefix_cache`."""
+        await self._loop.run_async(self._llm.reset_prefix_cache())
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """See :meth:`Engine.run`."""
+        return self._loop.run(work)
+
+    def close(self) -> None:
+        """Finish writing chunks, then stop vLLM if it was started here."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.run(self.call("close"))
+        finally:
+            if self._owned:
+                self._loop.loop.call_soon_threadsafe(self._llm.shutdown)
+                self._llm.shutdown()
+            self._loop.stop()
+
+    async def _generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None,
+        options: dict[str, Any] | None,
+        extra: dict[str, Any],
+    ) -> AsyncIterator[RequestOutput]:
+        params = (sampling_params or SamplingParams()).clone()
+        if options:
+            given = dict(params.extra_args or {})
+            transfer = dict(given.get("kv_transfer_params") or {})
+            transfer[PARAMETER] = {**transfer.get(PARAMETER, {}), **options}
+            params.extra_args = {**given, "kv_transfer_params": transfer}
+        request_id = f"kvblend-{os.getpid()}-{next(self._ids)}"
+        submitted = time.time()
+        first: float | None = None
+        try:
+            async for output in self._llm.generate(_as_vllm_prompt(prompt), params, request_id, **extra):
+                now = time.time()
+                if params.output_kind != RequestOutputKind.FINAL_ONLY and first is None:
+                    first = now
+                yield _converted(output, submitted, first, now)
+        except ValueError as error:
+            raise _explained(error, self.info) from error
+
+
+def _as_vllm_prompt(prompt: Prompt) -> Any:
+    if isinstance(prompt, (str, dict)):
+        return prompt
+    return {"prompt_token_ids": [int(token) for token in prompt]}
+
+
+def _converted(output: Any, submitted: float, first: float | None, now: float) -> RequestOutput:
+    stats = output.metrics
+    if first is None and stats is not None:
+        first = stats.arrival_time + stats.first_token_latency
+    metrics = RequestMetrics(first_scheduled_time=submitted, first_token_time=first or now, finished_time=now)
+    report = (output.kv_transfer_params or {}).get(PARAMETER)
+    return RequestOutput(
+        request_id=output.request_id,
+        prompt=output.prompt,
+        prompt_token_ids=list(output.prompt_token_ids or ()),
+        outputs=[
+            CompletionOutput(
+                index=each.index,
+                text=each.text,
+                token_ids=tuple(each.token_ids),
+                cumulative_logprob=each.cumulative_logprob,
+                logprobs=each.logprobs,
+                finish_reason=each.finish_reason,
+                stop_reason=each.stop_reason,
+            )
+            for each in output.outputs
+        ],
+        finished=output.finished,
+        metrics=metrics,
+        report=BlendReport.from_dict(report) if report else BlendReport(request_id=output.request_id),
+    )
+
+
+def _explained(error: ValueError, info: EngineInfo) -> KVBlendError:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if "maximum" in text and ("length" in text or "context" in text):
+        return PromptTooLong(f"The prompt does not fit into the model's context of {info.max_model_len} tokens: {text}")
+    return ConfigError(f"vLLM does not accept the request: {text}")
+
+
+__all__ = ["SamplingParams", "VLLMEngine", "connector_arguments"]

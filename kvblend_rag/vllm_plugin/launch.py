@@ -1,0 +1,126 @@
+"""Start vLLM with our connector: the arguments, sensible defaults on a CPU, and errors in one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.config import KVTransferConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from kvblend_rag.config import BlendConfig
+from kvblend_rag.errors import ConfigError, EngineUnavailable, ModelNotFound
+from kvblend_rag.vllm_plugin import compat
+
+CONNECTOR = "KVBlendConnector"
+CONNECTOR_MODULE = "kvblend_rag.vllm_plugin.connector"
+WORKER_CLASS = "kvblend_rag.vllm_plugin.worker_cls.KVBlendWorker"
+
+# vLLM takes nine tenths of a CPU machine's memory unless told otherwise.
+_CPU_MEMORY_SHARE = 0.4
+
+
+def connector_arguments(config: BlendConfig) -> dict[str, Any]:
+    """The arguments that add kvblend to any vLLM engine: ``vllm.LLM(model, **connector_arguments(config))``."""
+    return {
+        "kv_transfer_config": KVTransferConfig(
+            kv_connector=CONNECTOR,
+            kv_connector_module_path=CONNECTOR_MODULE,
+            kv_role="kv_both",
+            kv_connector_extra_config=config.connector_settings(),
+        ),
+        "worker_cls": WORKER_CLASS,
+    }
+
+
+def start(model: str, config: BlendConfig, **options: Any) -> AsyncLLM:
+    """A vLLM engine with the connector; call it inside the loop that the engine is to live in.
+
+    Args:
+        model: folder or hub name.
+        config: of store and blending.
+        options: any of vLLM's engine arguments.
+
+    Raises:
+        ModelNotFound: no such folder.
+        ConfigError: an argument that vLLM doesn't know.
+        EngineUnavailable: vLLM is of an unsupported version or did not start.
+    """
+    unsupported = compat.unsupported_version()
+    if unsupported is not None:
+        raise EngineUnavailable(unsupported)
+    _check_model(model)
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise ConfigError(f"vLLM {compat.version()} has no engine argument {unknown[0]!r}.")
+    arguments = {"model": model, **_platform_defaults(options), **options, **connector_arguments(config)}
+    try:
+        with _main_module_hidden():
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    except Exception as error:
+        raise EngineUnavailable(f"vLLM did not start with {model}: {_root_cause(error)}") from error
+
+
+def _platform_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    defaults: dict[str, Any] = {"disable_log_stats": False}  # the times come from its statistics
+    if current_platform.is_cpu():
+        memory = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
+        if not memory & options.keys() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            defaults["gpu_memory_utilization"] = _CPU_MEMORY_SHARE
+        if not _fast_bfloat16():
+            # There a bfloat16 matmul is a naive loop on one thread, ten times slower than float32.
+            defaults["dtype"] = "float32"
+    return defaults
+
+
+def _fast_bfloat16() -> bool:
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks if check is not None)
+
+
+def _check_model(model: str) -> None:
+    if not model:
+        raise ConfigError("No model is named: pass model='FOLDER or hub name'.")
+    path = Path(model).expanduser()
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_like_path and not path.exists():
+        raise ModelNotFound(f"There is no model at {model}: give a folder that exists, or a hub name.")
+    if path.is_dir() and not (path / "config.json").exists() and not any(path.glob("*.gguf")):
+        raise ModelNotFound(f"The folder {model} holds no model: a config.json is missing.")
+
+
+@contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """Keep spawned processes from importing the user's script again.
+
+    With the spawn start method, Python runs the main module in each child; a script without an
+    ``if __name__ == "__main__"`` guard would then start engines without end.
+    """
+    main = sys.modules["__main__"]
+    hidden = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+    main.__dict__.pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        for name, value in hidden.items():
+            setattr(main, name, value)
+
+
+def _root_cause(error: BaseException) -> str:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
+
+
+__all__ = ["CONNECTOR", "CONNECTOR_MODULE", "WORKER_CLASS", "connector_arguments", "start"]
