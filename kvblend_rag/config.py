@@ -21,6 +21,15 @@ from kvblend_rag.errors import ConfigError
 CONFIG_FILE_VARIABLE = "KVBLEND_CONFIG_FILE"
 _PREFIX = "KVBLEND_"
 
+_REQUEST_OPTIONS = {
+    "blend": "enable_blending",
+    "selector": "selector",
+    "ratio": "recompute_ratio",
+    "span": "span_size",
+    "tenant": "tenant",
+}
+"""A request's options, and the settings they stand for."""
+
 IngestContextKind = Literal["none", "bos", "header", "document"]
 
 
@@ -72,7 +81,16 @@ class BlendConfig:
     min_run: int = 16
     """A shorter run of chunk tokens in a prompt is computed, not reused."""
 
-    ingest_context: IngestContextKind = "document"
+    ingest_context: _REQUEST_OPTIONS = {
+    "blend": "enable_blending",
+    "selector": "selector",
+    "ratio": "recompute_ratio",
+    "span": "span_size",
+    "tenant": "tenant",
+}
+"""A request's options, and the settings they stand for."""
+
+IngestContextKind = "document"
     """What a chunk's KV is computed behind: nothing, the first special token, the prompt's header,
     or the header and a generic document (part of the chunk's key)."""
 
@@ -101,6 +119,22 @@ class BlendConfig:
     def replace(self, **changes: Any) -> BlendConfig:
         """A copy with some settings changed, checked like any other input."""
         return dataclasses.replace(self, **self._checked(changes, "among the arguments"))
+
+    def for_request(self, options: Mapping[str, Any]) -> BlendConfig:
+        """The settings of one request.
+
+        Args:
+            options: ``blend`` (false: an ordinary prefill), ``selector``, ``ratio``, ``span``, ``tenant``.
+
+        Raises:
+            ConfigError: an unknown option, or a value that can't be used.
+        """
+        unknown = [name for name in options if name not in _REQUEST_OPTIONS]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], _REQUEST_OPTIONS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(_REQUEST_OPTIONS)}."
+            raise ConfigError(f"A request has no blending option {unknown[0]!r}; {hint}")
+        return self.replace(**{_REQUEST_OPTIONS[name]: value for name, value in options.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting with its effective value, JSON-able."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from kvblend_rag.blend.chunk import TokenIds, as_token_ids, chunk_key, namespace
 from kvblend_rag.blend.split import split_text
@@ -98,14 +100,14 @@ class Ingester:
         self,
         texts: Sequence[str],
         document_ids: Sequence[str] | None,
-        done: Callable[[int], Any],
+        bar: tqdm[Any],
     ) -> tuple[list[_Pieces], dict[str, TokenIds], dict[str, str]]:
         """Have every chunk of the texts stored.
 
         Args:
             texts: what is cut and computed.
             document_ids: who holds each text's chunks; None: nobody in particular.
-            done: called with the number of chunks that are dealt with since the last call.
+            bar: shows how many of the chunks are dealt with.
 
         Returns:
             Pieces by text; token ids of the chunks that were computed, by key; why chunks were not
@@ -125,9 +127,10 @@ class Ingester:
             pieces.append(piece)
         self._hold(pieces, document_ids)
         missing = self._catalogue.missing(tokens)
-        done(len(tokens) - len(missing))
+        bar.reset(total=len(tokens))
+        bar.update(len(tokens) - len(missing))
         wanted = {key: tokens[key] for key in missing}
-        failed = await self._compute(wanted, done)
+        failed = await self._compute(wanted, bar)
         return pieces, wanted, failed
 
     def _hold(self, pieces: Iterable[_Pieces], document_ids: Sequence[str] | None) -> None:
@@ -142,7 +145,7 @@ class Ingester:
         for document_id, keys in by_document.items():
             self._catalogue.hold(document_id, keys, tenant)
 
-    async def _compute(self, wanted: dict[str, TokenIds], done: Callable[[int], Any]) -> dict[str, str]:
+    async def _compute(self, wanted: dict[str, TokenIds], bar: tqdm[Any]) -> dict[str, str]:
         failed: dict[str, str] = {}
         gate = asyncio.Semaphore(_AT_ONCE)
 
@@ -152,7 +155,7 @@ class Ingester:
                     reason = await self._compute_one(key, chunk)
                     if reason is not None:
                         failed[key] = reason
-                done(1)
+                bar.update()
 
         try:
             await asyncio.gather(*(one(key, chunk) for key, chunk in wanted.items()))

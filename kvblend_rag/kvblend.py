@@ -93,7 +93,7 @@ class KVBlend:
         started = time.perf_counter()
         ingester = self._ready_ingester()
         with tqdm(total=None, desc="Precomputing KV", unit="chunk", disable=not progress) as bar:
-            pieces, wanted, failed = await ingester.ingest(texts, document_ids, bar.update)
+            pieces, wanted, failed = await ingester.ingest(texts, document_ids, bar)
         raise_if_store_failed(failed)
         return IngestReport(
             chunks=len({key for piece in pieces for key in piece.keys}),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +23,15 @@ class ChunkUse:
     """Where it was loaded from: ``memory``, ``disk``, …; empty when it was not loaded."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class BlendReport:
     """What was matched, reused, recomputed and computed, and how long each step took.
 
     Each prompt token is in one of four groups, and the groups add up to ``prompt_tokens``:
     ``cached_tokens`` (taken from vLLM's own prefix cache), ``reused_tokens`` (a stored chunk's KV as
     stored), ``recomputed_tokens`` (a stored chunk's token, computed again) and ``computed_tokens``.
+
+    Prints as one line, shows as a drawing in a notebook, and as a table in a rich terminal.
     """
 
     request_id: str = ""
@@ -45,7 +50,7 @@ class BlendReport:
     recomputed_spans: tuple[tuple[int, int], ...] = ()
     """Recomputed prompt ranges ``[start, stop)``."""
     milliseconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of each step: ``match``, ``load``, ``score``, ``select``, ``forward``."""
+    """Host time of each step: ``match``, ``load``, ``score``, ``select``, ``forward``."""
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-able; ``from_dict`` reads it back."""
@@ -58,3 +63,57 @@ class BlendReport:
         values["chunks"] = tuple(ChunkUse(**chunk) for chunk in values.get("chunks", ()))
         values["recomputed_spans"] = tuple((a, b) for a, b in values.get("recomputed_spans", ()))
         return cls(**values)
+
+    def segments(self) -> list[tuple[int, int, str]]:
+        """The prompt as ``(start, stop, group)``, in order; groups as in the class's description."""
+        if not self.blended:
+            groups = [(0, self.cached_tokens, "cached"), (self.cached_tokens, self.prompt_tokens, "computed")]
+            return [(start, stop, group) for start, stop, group in groups if start < stop]
+        kinds = ["computed"] * self.prompt_tokens
+        marks = [(0, self.cached_tokens, "cached")]
+        marks += [(chunk.start, chunk.start + chunk.tokens, "reused") for chunk in self.chunks]
+        marks += [(start, stop, "recomputed") for start, stop in self.recomputed_spans]
+        for start, stop, group in marks:
+            kinds[start:stop] = [group] * (stop - start)
+        edges = [0, *(i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]), len(kinds)]
+        return [(a, b, kinds[a]) for a, b in zip(edges, edges[1:], strict=False)]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the prompt, token by token, in the colours of its groups.
+
+        Args:
+            ax: matplotlib axes to draw on; None makes new ones.
+        """
+        from kvblend_rag.drawing import plot_report
+
+        return plot_report(self, ax)
+
+    def __str__(self) -> str:
+        groups = ", ".join(
+            f"{count:,} {name}"
+            for name, count in (
+                ("cached", self.cached_tokens),
+                ("reused", self.reused_tokens),
+                ("recomputed", self.recomputed_tokens),
+                ("computed", self.computed_tokens),
+            )
+            if count
+        )
+        what = f"{self.prompt_tokens:,} prompt tokens: {groups or 'none'}"
+        return what if self.reason is None else f"{what} ({self.reason})"
+
+    def __repr__(self) -> str:
+        return f"<BlendReport {self}>"
+
+    def __rich__(self) -> Any:
+        from kvblend_rag.drawing import rich_report
+
+        return rich_report(self)
+
+    def _repr_html_(self) -> str:
+        from kvblend_rag.drawing import html_report
+
+        return html_report(self)
+
+
+__all__ = ["BlendReport", "ChunkUse"]

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -136,9 +137,10 @@ class VLLMEngine(Engine):
             self.run(self.call("close"))
         finally:
             if self._owned:
-                self._loop.loop.call_soon_threadsafe(self._llm.shutdown)
                 self._llm.shutdown()
             self._loop.stop()
+            # vLLM's engine must not be collected while the interpreter goes down: its finaliser fails then.
+            del self._llm
 
     async def _generate(
         self,
@@ -162,7 +164,7 @@ class VLLMEngine(Engine):
                 if params.output_kind != RequestOutputKind.FINAL_ONLY and first is None:
                     first = now
                 yield _converted(output, submitted, first, now)
-        except ValueError as error:
+        except (ValueError, VLLMValidationError) as error:
             raise _explained(error, self.info) from error
 
 
@@ -200,7 +202,7 @@ def _converted(output: Any, submitted: float, first: float | None, now: float) -
     )
 
 
-def _explained(error: ValueError, info: EngineInfo) -> KVBlendError:
+def _explained(error: Exception, info: EngineInfo) -> KVBlendError:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "maximum" in text and ("length" in text or "context" in text):
         return PromptTooLong(f"The prompt does not fit into the model's context of {info.max_model_len} tokens: {text}")

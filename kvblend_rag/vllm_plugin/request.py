@@ -52,17 +52,7 @@ def read_wish(request: Request, config: BlendConfig) -> Wish:
         raise ConfigError(f"kv_transfer_params['{PARAMETER}'] must be a mapping, and is {given!r}.")
     given = dict(given)
     ingest = given.pop("ingest", None)
-    names = {
-        "blend": "enable_blending",
-        "selector": "selector",
-        "ratio": "recompute_ratio",
-        "span": "span_size",
-    }
-    changes = {names.get(name, name): value for name, value in given.items()}
-    unknown = changes.keys() - {*names.values(), "tenant"}
-    if unknown:
-        raise ConfigError(f"Unknown request parameter {sorted(unknown)[0]!r}; known: {', '.join(names)}, tenant.")
-    wished = config.replace(**changes)
+    wished = config.for_request(given)
     get_selector(wished.selector)
     return Wish(
         blend=bool(given.get("blend", True)),
