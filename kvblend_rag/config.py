@@ -81,16 +81,7 @@ class BlendConfig:
     min_run: int = 16
     """A shorter run of chunk tokens in a prompt is computed, not reused."""
 
-    ingest_context: _REQUEST_OPTIONS = {
-    "blend": "enable_blending",
-    "selector": "selector",
-    "ratio": "recompute_ratio",
-    "span": "span_size",
-    "tenant": "tenant",
-}
-"""A request's options, and the settings they stand for."""
-
-IngestContextKind = "document"
+    ingest_context: IngestContextKind = "document"
     """What a chunk's KV is computed behind: nothing, the first special token, the prompt's header,
     or the header and a generic document (part of the chunk's key)."""
 

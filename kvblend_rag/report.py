@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ class BlendReport:
         for start, stop, group in marks:
             kinds[start:stop] = [group] * (stop - start)
         edges = [0, *(i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]), len(kinds)]
-        return [(a, b, kinds[a]) for a, b in zip(edges, edges[1:], strict=False)]
+        return [(a, b, kinds[a]) for a, b in itertools.pairwise(edges)]
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the prompt, token by token, in the colours of its groups.
