@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from kvblend_rag.blend.chunk import TokenIds, as_token_ids, chunk_key, namespace
@@ -15,6 +16,9 @@ from kvblend_rag.config import BlendConfig
 from kvblend_rag.engine import Engine
 from kvblend_rag.errors import ChunkRejected, StoreError, StoreFull
 from kvblend_rag.store import Catalogue
+
+Text: TypeAlias = "str | Sequence[int] | TokenIds"
+"""What is ingested: text, or the token ids that will stand in the prompt."""
 
 MATCHING_WINDOW = 16
 """A chunk of fewer tokens can't be found again in a prompt (blend.match.ChunkIndex)."""
@@ -70,15 +74,17 @@ class Ingester:
         self.namespace = namespace(info.fingerprint, info.context, config.tenant)
         self._longest = min(config.chunk_size, info.max_model_len - len(info.context) - 1)
 
-    def cut(self, text: str) -> list[TokenIds]:
+    def cut(self, text: Text) -> list[TokenIds]:
         """A text's chunks, each int32 of shape (tokens,), at most ``chunk_size`` long.
+
+        Token ids are taken as they are; too many of them are cut into equal pieces.
 
         Raises:
             ChunkRejected: the text is empty, or too short to be found again.
         """
-        if not text.strip():
+        whole = self._encode(text) if isinstance(text, str) else as_token_ids(text)
+        if not len(whole) or (isinstance(text, str) and not text.strip()):
             raise ChunkRejected("The chunk is empty: there is nothing to precompute.")
-        whole = self._encode(text)
         if len(whole) < MATCHING_WINDOW:
             raise ChunkRejected(
                 f"The chunk has {len(whole)} tokens, and fewer than {MATCHING_WINDOW} can't be found again in a "
@@ -86,10 +92,12 @@ class Ingester:
             )
         if len(whole) <= self._longest:
             return [whole]
+        if not isinstance(text, str):
+            return np.array_split(whole, -(-len(whole) // self._longest))
         pieces = split_text(text, lambda part: len(self._encode(part)), self._longest, MATCHING_WINDOW)
         return [tokens for tokens in map(self._encode, pieces) if len(tokens) >= MATCHING_WINDOW]
 
-    def keys(self, text: str) -> list[str]:
+    def keys(self, text: Text) -> list[str]:
         """The keys of a text's chunks; none for a text that could not be ingested."""
         try:
             return [chunk_key(self.namespace, chunk) for chunk in self.cut(text)]
@@ -98,7 +106,7 @@ class Ingester:
 
     async def ingest(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         document_ids: Sequence[str] | None,
         bar: tqdm[Any],
     ) -> tuple[list[_Pieces], dict[str, TokenIds], dict[str, str]]:
@@ -113,6 +121,17 @@ class Ingester:
             Pieces by text; token ids of the chunks that were computed, by key; why chunks were not
             stored, by key.
         """
+        # In a thread: the engine's loop goes on answering meanwhile.
+        pieces, tokens, missing = await asyncio.to_thread(self._prepare, texts, document_ids)
+        bar.reset(total=len(tokens))
+        bar.update(len(tokens) - len(missing))
+        wanted = {key: tokens[key] for key in missing}
+        failed = await self._compute(wanted, bar)
+        return pieces, wanted, failed
+
+    def _prepare(
+        self, texts: Sequence[Text], document_ids: Sequence[str] | None
+    ) -> tuple[list[_Pieces], dict[str, TokenIds], list[str]]:
         tokens: dict[str, TokenIds] = {}
         pieces = []
         for text in texts:
@@ -126,12 +145,7 @@ class Ingester:
                 piece.reason = str(error)
             pieces.append(piece)
         self._hold(pieces, document_ids)
-        missing = self._catalogue.missing(tokens)
-        bar.reset(total=len(tokens))
-        bar.update(len(tokens) - len(missing))
-        wanted = {key: tokens[key] for key in missing}
-        failed = await self._compute(wanted, bar)
-        return pieces, wanted, failed
+        return pieces, tokens, self._catalogue.missing(tokens)
 
     def _hold(self, pieces: Iterable[_Pieces], document_ids: Sequence[str] | None) -> None:
         # Holds before rows: a release elsewhere can't take a chunk away between the question and the answer.

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.engine import Engine
 from kvblend_rag.errors import VLLM_MISSING, ConfigError, EngineUnavailable
-from kvblend_rag.ingest import Ingester, IngestReport, raise_if_store_failed
+from kvblend_rag.ingest import Ingester, IngestReport, Text, raise_if_store_failed
 from kvblend_rag.store import Catalogue, open_catalogue
 
 
@@ -66,7 +66,7 @@ class KVBlend:
             return self._catalogue
 
     def ingest(
-        self, texts: str | Sequence[str], *, document_ids: Sequence[str] | None = None, progress: bool = True
+        self, texts: str | Sequence[Text], *, document_ids: Sequence[str] | None = None, progress: bool = True
     ) -> IngestReport:
         """Precompute and store the KV of texts; what is stored already is not computed again.
 
@@ -74,7 +74,8 @@ class KVBlend:
         it goes on where it stopped when called again.
 
         Args:
-            texts: each a chunk; those longer than ``chunk_size`` tokens are split at natural boundaries.
+            texts: each a chunk, as text or as token ids; those longer than ``chunk_size`` tokens are split at
+                natural boundaries.
             document_ids: one a text, for ``release``; equal ones belong together.
             progress: show a progress bar.
 
@@ -84,16 +85,16 @@ class KVBlend:
         return self.engine.run(self.aingest(texts, document_ids=document_ids, progress=progress))
 
     async def aingest(
-        self, texts: str | Sequence[str], *, document_ids: Sequence[str] | None = None, progress: bool = True
+        self, texts: str | Sequence[Text], *, document_ids: Sequence[str] | None = None, progress: bool = True
     ) -> IngestReport:
         """``ingest`` for callers in an event loop."""
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if document_ids is not None and len(document_ids) != len(texts):
-            raise ConfigError(f"{len(texts)} texts came with {len(document_ids)} document ids: give one each.")
+        several: list[Text] = [texts] if isinstance(texts, str) else list(texts)
+        if document_ids is not None and len(document_ids) != len(several):
+            raise ConfigError(f"{len(several)} texts came with {len(document_ids)} document ids: give one each.")
         started = time.perf_counter()
         ingester = self._ready_ingester()
         with tqdm(total=None, desc="Precomputing KV", unit="chunk", disable=not progress) as bar:
-            pieces, wanted, failed = await ingester.ingest(texts, document_ids, bar)
+            pieces, wanted, failed = await ingester.ingest(several, document_ids, bar)
         raise_if_store_failed(failed)
         return IngestReport(
             chunks=len({key for piece in pieces for key in piece.keys}),
@@ -122,7 +123,7 @@ class KVBlend:
             return 0
         return max((len(gone) for gone in await self.engine.call("forget", free)), default=0)
 
-    def prefetch(self, texts: Sequence[str]) -> int:
+    def prefetch(self, texts: Sequence[Text]) -> int:
         """Bring the chunks of texts into the fastest tier before a prompt asks for them.
 
         Returns:
@@ -130,7 +131,7 @@ class KVBlend:
         """
         return self.engine.run(self.aprefetch(texts))
 
-    async def aprefetch(self, texts: Sequence[str]) -> int:
+    async def aprefetch(self, texts: Sequence[Text]) -> int:
         """``prefetch`` for callers in an event loop."""
         keys = [key for text in texts for key in self._ready_ingester().keys(text)]
         return max(await self.engine.call("prefetch", keys), default=0) if keys else 0

@@ -118,8 +118,9 @@ class WorkerSide:
             forward = ScatteredForward(self._runner, self._paged)
             check_shift(layers, self._paged, forward, self._vllm_config)
             identity = fingerprint(self._vllm_config)
-            tokenizer = cached_tokenizer_from_config(self._vllm_config.model_config)
-            context = ingest_context(self._config.ingest_context, tokenizer, self._config.system_prompt)
+            if self._config.ingest_context != "none":
+                tokenizer = cached_tokenizer_from_config(self._vllm_config.model_config)
+                context = ingest_context(self._config.ingest_context, tokenizer, self._config.system_prompt)
             shard = (ranks.rank, ranks.size)
             self._store = open_store(self._config, shard, pin=self._paged.device.type == "cuda")
             self._writer = Writer(self._store, open_catalogue(self._config), shard)

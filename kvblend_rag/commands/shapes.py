@@ -1,0 +1,68 @@
+"""Shapes of well-known models, for measuring speed on random weights where no model hub is reached."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
+
+SHAPES = {
+    "llama-3.1-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rope_parameters": _LLAMA3_ROPE,
+    },
+    "llama-3.2-3b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {**_LLAMA3_ROPE, "factor": 32.0},
+    },
+    "qwen2.5-7b": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    },
+}
+"""Configurations as their makers published them; bfloat16."""
+
+
+def write_shape(name: str, folder: Path) -> Path:
+    """A folder with the shape's ``config.json``, to be loaded with ``load_format="dummy"``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    common = {"dtype": "bfloat16", "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu"}
+    (folder / "config.json").write_text(json.dumps({**common, **SHAPES[name]}, indent=1))
+    return folder
+
+
+__all__ = ["SHAPES", "write_shape"]
