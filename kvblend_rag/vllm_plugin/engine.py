@@ -21,7 +21,7 @@ from kvblend_rag.output import CompletionOutput, RequestMetrics, RequestOutput
 from kvblend_rag.report import BlendReport
 from kvblend_rag.vllm_plugin import compat
 from kvblend_rag.vllm_plugin.launch import connector_arguments, start
-from kvblend_rag.vllm_plugin.loop import LoopThread
+from kvblend_rag.loop import LoopThread
 from kvblend_rag.vllm_plugin.request import PARAMETER
 
 T = TypeVar("T")
