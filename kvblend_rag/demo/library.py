@@ -38,9 +38,9 @@ class Document:
 def load_documents(folder: str | Path = BUNDLED) -> list[Document]:
     """Every ``.md``, ``.markdown`` and ``.txt`` file under a folder, in the order of their paths.
 
-    Markdown is split at headings of level one to three; a heading with no text of its own is left out.
-    A long section stays whole. Hidden files and folders are passed over, and a file that can't be read as
-    UTF-8 is skipped with a warning.
+    Markdown is split at headings of level one to three; text before the first heading goes by the file's
+    name, and a heading with no text of its own is left out. A long section stays whole. Hidden files and
+    folders are passed over, and a file that can't be read as UTF-8 is skipped with a warning.
 
     Raises:
         ConfigError: there is no such folder, or nothing to read in it.

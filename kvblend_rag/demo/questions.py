@@ -23,8 +23,7 @@ def load_questions() -> list[Question]:
     """The bundled questions, in the order of ``questions.yaml``."""
     entries = yaml.safe_load(Path(__file__).with_name("questions.yaml").read_text(encoding="utf-8"))
     return [
-        Question(entry["question"], tuple(map(str, entry["answers"])), tuple(entry["evidence"]))
-        for entry in entries
+        Question(entry["question"], tuple(map(str, entry["answers"])), tuple(entry["evidence"])) for entry in entries
     ]
 
 

@@ -58,7 +58,7 @@ def prepare_reader(cache_dir: str | Path | None = None, progress: bool = True) -
 
 
 def prepare_base(cache_dir: str | Path | None = None, progress: bool = True) -> Path:
-    """The directory of SmolLM2-135M-Instruct as it is, without the adapter; as ``prepare_reader`` otherwise."""
+    """The directory of SmolLM2-135M-Instruct without the adapter; otherwise like ``prepare_reader``."""
     return _prepared("smollm2-135m-instruct", None, cache_dir, progress)
 
 
@@ -75,7 +75,9 @@ def _prepared(name: str, adapter: Path | None, cache_dir: str | Path | None, pro
             if not _is_complete(target):
                 _build(source, adapter, target, progress)
     except ImportError as error:
-        raise ConfigError(f"The demo needs {error.name}: pip install 'kvblend-rag[demo]'.") from error
+        raise ConfigError(
+            f"The demo's model needs transformers, gguf and accelerate ({error}): pip install 'kvblend-rag[demo]'."
+        ) from error
     except OSError as error:
         raise ConfigError(
             f"The demo's model can't be prepared in {target.parent} ({error}); "
@@ -109,7 +111,7 @@ def _digest(source: Path, adapter: Path | None) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _file_digest(file: Path, modified: int) -> bytes:
-    return blake3(file.read_bytes()).digest()
+    return blake3().update_mmap(file).digest()
 
 
 def _is_complete(folder: Path) -> bool:
