@@ -7,12 +7,16 @@ loop, ``run`` is for callers without one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
 
+from kvblend_rag import dialect
 from kvblend_rag.blend.chunk import TokenIds
 from kvblend_rag.output import RequestOutput
+from kvblend_rag.template import ChatTemplate
+from kvblend_rag.turn import ChatRequest, ModelProfile, Sampling, Turn
 
 Prompt: TypeAlias = "str | Sequence[int] | TokenIds | dict[str, Any]"
 """Text, token ids, or one of vLLM's prompt dictionaries."""
@@ -36,6 +40,8 @@ class EngineInfo:
     """Token ids of the ingest context: the other half."""
     refusal: str | None
     """Why this model can't be blended; None when it can."""
+    architectures: tuple[str, ...] = ()
+    """As the model's configuration names them."""
 
 
 class Engine(ABC):
@@ -47,6 +53,51 @@ class Engine(ABC):
     @abstractmethod
     def tokenizer(self) -> Any:
         """The model's tokenizer, with the interface of Transformers."""
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The model's chat template."""
+        return ChatTemplate(self.tokenizer)
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), **template: Any
+    ) -> list[int]:
+        """The token ids of a conversation, as vLLM's chat endpoint would make them.
+
+        Raises:
+            ConfigError: there is no chat template, or it does not take these messages.
+        """
+        return self.template.token_ids(messages, tools, **template)
+
+    @cached_property
+    def profile(self) -> ModelProfile:
+        """What the model can do."""
+        return ModelProfile(
+            max_input_tokens=self.info.max_model_len,
+            tool_calling=bool(self.template.source),
+            reasoning_output=bool(dialect.reasoning_parser(self.template.source, self.info.architectures)),
+            native_tools=self.template.knows_tools,
+        )
+
+    @abstractmethod
+    def sampling(self, settings: Sampling, *, stream: bool = False) -> Any:
+        """This engine's sampling parameters.
+
+        Args:
+            settings: how the answer is drawn, and its form.
+            stream: outputs hold what is new since the last, instead of one output at the end.
+
+        Raises:
+            ConfigError: a value that can't be used.
+        """
+
+    @abstractmethod
+    def turn(self, request: ChatRequest, *, stream: bool = False) -> Turn:
+        """A conversation's prompt and sampling parameters, and the parsers of its output.
+
+        Raises:
+            ConfigError: a message, tool, parser or value that can't be used.
+        """
 
     @abstractmethod
     def one_token(self) -> Any:

@@ -116,6 +116,28 @@ class ChatRequest:
     reasoning_parser: str | None = None
     """vLLM's name of the parser of reasoning; None: chosen from the chat template; empty: none."""
 
+    def choice(self) -> str | tuple[str]:
+        """``auto``, ``none`` or ``required``, or a tool's name alone in a tuple.
+
+        Raises:
+            ConfigError: it names no tool of the request, or asks for one where there are none.
+        """
+        given = self.tool_choice
+        if isinstance(given, Mapping):
+            given = given.get("function", given).get("name") or given.get("type")
+        if given is None or given == "auto":
+            return "auto" if self.tools else "none"
+        if given == "none":
+            return "none"
+        if not self.tools:
+            raise ConfigError(f"tool_choice is {given!r}, and the request has no tools.")
+        if given in ("any", "required"):
+            return "required"
+        names = [tool["function"]["name"] for tool in self.tools]
+        if given not in names:
+            raise ConfigError(f"tool_choice is {given!r}; the request's tools are {', '.join(names)}.")
+        return (str(given),)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ToolCall:

@@ -82,11 +82,28 @@ def common_metadata(**fields: Any) -> CommonAttentionMetadata:
     return CommonAttentionMetadata(**{name: value for name, value in fields.items() if name in known})
 
 
+def chat_request(**fields: Any) -> Any:
+    """vLLM's ``ChatCompletionRequest``, which its parsers read; it wants no ``tool_choice`` without tools."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    if fields.get("tools") is None:
+        fields = {name: value for name, value in fields.items() if name not in ("tools", "tool_choice")}
+    return ChatCompletionRequest(**fields)
+
+
+def show_prompt(parser: Any, prompt: list[int]) -> None:
+    """Tell a chat parser the prompt, where it can be told: since 0.27."""
+    if hasattr(parser, "set_prompt_token_ids"):
+        parser.set_prompt_token_ids(prompt)
+
+
 __all__ = [
+    "chat_request",
     "common_metadata",
     "find_connector",
     "platform_worker",
     "private_builder",
+    "show_prompt",
     "unsupported_version",
     "version",
 ]

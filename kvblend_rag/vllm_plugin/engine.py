@@ -17,12 +17,15 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.engine import Engine, EngineInfo, Prompt
 from kvblend_rag.errors import ConfigError, KVBlendError, PromptTooLong
+from kvblend_rag.loop import LoopThread
 from kvblend_rag.output import CompletionOutput, RequestMetrics, RequestOutput
 from kvblend_rag.report import BlendReport
+from kvblend_rag.turn import ChatRequest, Sampling, Turn
 from kvblend_rag.vllm_plugin import compat
+from kvblend_rag.vllm_plugin.chat_parsers import ParsedTurn, form
 from kvblend_rag.vllm_plugin.launch import connector_arguments, start
-from kvblend_rag.loop import LoopThread
 from kvblend_rag.vllm_plugin.request import PARAMETER
+from kvblend_rag.vllm_plugin.sampling import sampling_params
 
 T = TypeVar("T")
 
@@ -36,6 +39,7 @@ class VLLMEngine(Engine):
     def __init__(self, llm: AsyncLLM, loop: LoopThread, *, owned: bool) -> None:
         self._llm, self._loop, self._owned = llm, loop, owned
         self._ids = itertools.count()
+        self._defaults = llm.vllm_config.model_config.get_diff_sampling_param()
         self._closed = False
         model = llm.vllm_config.model_config
         try:
@@ -54,6 +58,7 @@ class VLLMEngine(Engine):
             fingerprint=first["fingerprint"],
             context=tuple(first["context"]),
             refusal=next((each["refusal"] for each in described if each["refusal"]), None),
+            architectures=tuple(model.architectures),
         )
 
     @classmethod
@@ -99,6 +104,30 @@ class VLLMEngine(Engine):
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return self._llm.get_tokenizer()
+
+    def sampling(self, settings: Sampling, *, stream: bool = False) -> SamplingParams:
+        """See :meth:`Engine.sampling`."""
+        return sampling_params(settings, self._defaults, stream=stream, structured_outputs=form(settings))
+
+    def turn(self, request: ChatRequest, *, stream: bool = False) -> Turn:
+        """See :meth:`Engine.turn`."""
+        config = self._llm.vllm_config
+        turn = ParsedTurn(
+            request,
+            self.tokenizer,
+            self.template,
+            self.info.architectures,
+            config.model_config,
+            reasons_first=bool(config.structured_outputs_config.reasoning_parser),
+        )
+        turn.params = sampling_params(
+            request.sampling,
+            self._defaults,
+            stream=stream,
+            structured_outputs=turn.structured_outputs,
+            skip_special_tokens=turn.skip_special_tokens,
+        )
+        return turn
 
     def one_token(self) -> SamplingParams:
         """See :meth:`Engine.one_token`."""
