@@ -1,0 +1,85 @@
+import pytest
+
+from kvblend_rag.blend.context import CONTEXT_TOKENS, ingest_context
+
+
+class Words:
+    """A tokenizer of one token a word; each line end is one too."""
+
+    bos_token_id, bos_token = 1, "<s>"
+    chat_template = "given"
+
+    def __init__(self):
+        self.vocabulary = {"<s>": 1}
+
+    def encode(self, text, add_special_tokens=True):
+        words = text.replace("\n", " ⏎ ").replace("<s>", "<s> ").split()
+        return [self.vocabulary.setdefault(word, len(self.vocabulary) + 1) for word in words]
+
+    def decode(self, tokens):
+        names = {number: word for word, number in self.vocabulary.items()}
+        return " ".join(names[token] for token in tokens)
+
+    def apply_chat_template(self, conversation, tokenize, add_generation_prompt):
+        lines = [f"<{turn['role']}> {turn['content']}" for turn in conversation]
+        return "\n".join(["<s>", *lines, "<assistant>"])
+
+
+class NoSystemRole(Words):
+    def apply_chat_template(self, conversation, **options):
+        if conversation[0]["role"] == "system":
+            raise RuntimeError("System role not supported")
+        return super().apply_chat_template(conversation, **options)
+
+
+class NoTemplate(Words):
+    chat_template = None
+
+
+def test_nothing_and_the_first_special_token():
+    assert ingest_context("none", Words()) == []
+    assert ingest_context("bos", Words()) == [1]
+
+
+def test_a_tokenizer_without_a_first_special_token():
+    tokenizer = Words()
+    tokenizer.bos_token_id = tokenizer.bos_token = None
+    assert ingest_context("bos", tokenizer) == []
+    assert len(ingest_context("document", tokenizer)) == CONTEXT_TOKENS
+
+
+def test_the_header_ends_where_the_users_text_would_begin():
+    tokenizer = Words()
+    header = tokenizer.decode(ingest_context("header", tokenizer, "Be brief."))
+    assert header == "<s> ⏎ <system> Be brief. ⏎ <user>"
+
+
+def test_a_template_without_a_system_role_gets_it_in_the_users_turn():
+    tokenizer = NoSystemRole()
+    assert tokenizer.decode(ingest_context("header", tokenizer, "Be brief.")) == "<s> ⏎ <user> Be brief. ⏎ ⏎"
+
+
+def test_a_model_without_a_template():
+    tokenizer = NoTemplate()
+    assert tokenizer.decode(ingest_context("header", tokenizer, "Be brief.")) == "<s> Be brief. ⏎ ⏎"
+    assert ingest_context("header", NoTemplate()) == [1]
+
+
+def test_the_document_context_fills_whole_blocks_and_starts_with_the_header():
+    tokenizer = Words()
+    header = ingest_context("header", tokenizer)
+    context = ingest_context("document", tokenizer)
+    assert len(context) == CONTEXT_TOKENS
+    assert context[: len(header)] == header
+    assert tokenizer.decode(context[-2:]) == "⏎ ⏎"
+
+
+@pytest.mark.parametrize("words", [1, 100, 130, 300, 1000])
+def test_a_long_system_text_leaves_half_a_context_of_document(words):
+    tokenizer = Words()
+    system = " ".join(f"word{i}" for i in range(words))
+    header = ingest_context("header", tokenizer, system)
+    context = ingest_context("document", tokenizer, system)
+    assert len(context) % CONTEXT_TOKENS == 0
+    assert len(context) - len(header) >= CONTEXT_TOKENS // 2
+    assert context[: len(header)] == header
