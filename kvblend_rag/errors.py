@@ -5,6 +5,7 @@ KVBlendError
 ├── EngineUnavailable     vLLM is missing, too old, or did not start
 ├── ModelNotFound         no model at this path or name
 ├── PromptTooLong         the prompt leaves no room in the model's context
+├── RequestTimeout        the request took longer than it was allowed
 ├── ChunkRejected         an empty chunk, or one too short to be found again
 └── StoreError            the store can't be opened, read or written
     ├── StoreFull         no space left on the device
@@ -33,6 +34,10 @@ class ModelNotFound(KVBlendError):
 
 class PromptTooLong(KVBlendError):
     """The prompt and the tokens to generate don't fit into the model's context."""
+
+
+class RequestTimeout(KVBlendError, TimeoutError):
+    """The request took longer than its timeout, and was stopped."""
 
 
 class ChunkRejected(KVBlendError):
@@ -69,6 +74,7 @@ __all__ = [
     "KVBlendError",
     "ModelNotFound",
     "PromptTooLong",
+    "RequestTimeout",
     "StoreError",
     "StoreFull",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from kvblend_rag.blend.chunk import TokenIds, chunk_key
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.engine import Engine
 from kvblend_rag.errors import VLLM_MISSING, ConfigError, EngineUnavailable
@@ -56,6 +57,16 @@ class KVBlend:
             if self._engine is None:
                 self._engine = _launch(self.config)
             return self._engine
+
+    @property
+    def started(self) -> bool:
+        """Whether the engine is there, so that asking for it does not take long."""
+        return self._engine is not None and not self._closed
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._closed
 
     @property
     def catalogue(self) -> Catalogue:
@@ -105,6 +116,34 @@ class KVBlend:
             keys=tuple(tuple(piece.keys) for piece in pieces),
             skipped=tuple((i, piece.reason) for i, piece in enumerate(pieces) if piece.reason is not None),
         )
+
+    def replace(self, texts: Sequence[Text], *, document_ids: Sequence[str], progress: bool = True) -> IngestReport:
+        """``ingest`` for edited documents: chunks that only their old texts had are deleted."""
+        return self.engine.run(self.areplace(texts, document_ids=document_ids, progress=progress))
+
+    async def areplace(
+        self, texts: Sequence[Text], *, document_ids: Sequence[str], progress: bool = True
+    ) -> IngestReport:
+        """``replace`` for callers in an event loop."""
+        report = await self.aingest(texts, document_ids=document_ids, progress=progress)
+        kept: dict[str, list[str]] = {}
+        for document_id, keys in zip(document_ids, report.keys, strict=True):
+            kept.setdefault(document_id, []).extend(keys)
+        free: list[str] = []
+        for document_id, own in kept.items():
+            free.extend(self.catalogue.replace_holds(document_id, own, self.config.tenant))
+        if free:
+            await self.engine.call("forget", free)
+        return report
+
+    def cut(self, text: Text) -> list[tuple[str, TokenIds]]:
+        """A text's chunks as ``ingest`` makes them: key and token ids.
+
+        Raises:
+            ChunkRejected: the text is empty, or too short to be found again.
+        """
+        ingester = self._ready_ingester()
+        return [(chunk_key(ingester.namespace, chunk), chunk) for chunk in ingester.cut(text)]
 
     def release(self, document_ids: Sequence[str]) -> int:
         """Documents no longer need their chunks; those that nobody else holds are deleted.

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import threading
+
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.kvblend import KVBlend
+
+_lock = threading.Lock()
+_handles: dict[str, KVBlend] = {}
+_users: dict[str, int] = {}
 
 
 def shared_handle(config: BlendConfig) -> KVBlend:
     """The handle of this configuration, made when nobody has it; each call is one user of it.
 
-    No engine is started by this. Configurations are the same when all their effective settings are.
+    No engine is started by this. Configurations are the same when all their effective settings are. A handle
+    nobody releases stays until the process ends, so that a second model of the configuration starts at once.
     """
-    raise NotImplementedError
+    key = _key(config)
+    with _lock:
+        handle = _handles.get(key)
+        if handle is None or handle.closed:
+            handle = _handles[key] = KVBlend(config)
+            _users[key] = 0
+        _users[key] += 1
+        return handle
 
 
 def release_handle(kv: KVBlend) -> bool:
@@ -20,7 +35,20 @@ def release_handle(kv: KVBlend) -> bool:
     Returns:
         Whether it was closed now. A handle that came from elsewhere is left alone.
     """
-    raise NotImplementedError
+    key = _key(kv.config)
+    with _lock:
+        if _handles.get(key) is not kv:
+            return False
+        _users[key] -= 1
+        if _users[key] > 0:
+            return False
+        del _handles[key], _users[key]
+    kv.close()
+    return True
+
+
+def _key(config: BlendConfig) -> str:
+    return json.dumps(config.to_dict(), sort_keys=True, default=repr)
 
 
 __all__ = ["release_handle", "shared_handle"]

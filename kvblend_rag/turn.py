@@ -213,7 +213,7 @@ class ChatDelta:
     """On the very last."""
     report: BlendReport | None = None
     """On the very last."""
-    prompt_token_ids: tuple[int, ...] | None = None
+    prompt_token_ids: tuple[int, ...] | None = field(default=None, repr=False)
     """On the very last."""
     warnings: tuple[str, ...] = ()
     """On the very last: as ``ChatResult.warnings``."""
@@ -239,7 +239,7 @@ class ChatResult:
     generations: tuple[Generation, ...]
     usage: Usage
     report: BlendReport
-    prompt_token_ids: tuple[int, ...] = ()
+    prompt_token_ids: tuple[int, ...] = field(default=(), repr=False)
     ttft: float | None = None
     """Seconds to the first token, loading included."""
     warnings: tuple[str, ...] = ()
