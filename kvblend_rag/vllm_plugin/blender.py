@@ -8,20 +8,18 @@ from contextlib import contextmanager
 
 import torch
 
-from kvblend_rag.blend.rope import rotate, shift
 from kvblend_rag.errors import ChunkDamaged, KVBlendError
 from kvblend_rag.selectors import get_selector
 from kvblend_rag.selectors.base import Evidence, SelectionInput
 from kvblend_rag.selectors.spans import mask_to_ranges
 from kvblend_rag.store import TieredStore
-from kvblend_rag.vllm_plugin.evidence import deviation, deviation_layer, question_attention, reused_slots
+from kvblend_rag.vllm_plugin.evidence import deviation, deviation_layer, question_attention
 from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
+from kvblend_rag.vllm_plugin.loader import Chunks, Loader, Turns, rotated
 from kvblend_rag.vllm_plugin.metadata import BlendJob, Outcome
 from kvblend_rag.vllm_plugin.paged_kv import PagedKV
 from kvblend_rag.vllm_plugin.ranks import Ranks
-
-Layered = list[tuple[torch.Tensor, torch.Tensor]]
-"""By layer: keys and values of the reused tokens, each (tokens, kv_heads, head_dim)."""
+from kvblend_rag.vllm_plugin.taps import Taps
 
 
 class Blender:
@@ -30,16 +28,24 @@ class Blender:
     Args:
         paged: the paged cache.
         forward: the scattered forward.
+        loader: brings chunks into the paged cache.
         store: this rank's chunks.
         context_tokens: length of the ingest context, behind which stored chunks were computed.
         ranks: the tensor-parallel group.
     """
 
     def __init__(
-        self, paged: PagedKV, forward: ScatteredForward, store: TieredStore, context_tokens: int, ranks: Ranks
+        self,
+        paged: PagedKV,
+        forward: ScatteredForward,
+        loader: Loader,
+        store: TieredStore,
+        context_tokens: int,
+        ranks: Ranks,
     ) -> None:
-        self._paged, self._forward, self._store = paged, forward, store
+        self._paged, self._forward, self._loader, self._store = paged, forward, loader, store
         self._context_tokens, self._ranks = context_tokens, ranks
+        self._taps = Taps([layer.name for layer in paged.layers], loader.wait)
 
     def blend(self, job: BlendJob) -> Outcome:
         """Fill the request's blocks from ``first`` up to its last prompt token.
@@ -47,38 +53,42 @@ class Blender:
         Whatever is wrong with a chunk, the request is computed in full and says why.
         """
         clock: dict[str, float] = {}
-        failure, chunks, tiers = None, {}, {}
         with _timed(clock, "load"):
-            try:
-                for key in dict.fromkeys(run.key for run in job.plan.runs):
-                    chunks[key], tiers[key] = self._read(key)
-            except KVBlendError as error:
-                failure = str(error)
+            chunks, tiers, failure = self._read_all(job)
         if not self._ranks.all_agree(failure is None):
             with _timed(clock, "forward"):
                 self._compute(job, [(job.first, job.plan.prompt_tokens - 1)])
             return Outcome(milliseconds=clock, fallback=failure or "another rank could not load its part of a chunk")
-        with _timed(clock, "load"):
-            loaded = self._load(job, chunks)
-        needs = get_selector(job.recipe.selector).needs
-        evidence: dict[str, torch.Tensor] = {}
+        selector = get_selector(job.recipe.selector)
         scored = 0
-        with _timed(clock, "score"):
-            if Evidence.DEVIATION in needs:
-                at = self._paged.layers.index(deviation_layer(self._paged))
-                gathered, passed = deviation(job, loaded[at], self._paged, self._forward, self._ranks.sum)
-                evidence.update(gathered)
-                scored += passed
-            if Evidence.QUESTION_ATTENTION in needs:
-                gathered, passed = question_attention(job, self._paged, self._forward, self._ranks.sum)
-                evidence.update(gathered)
-                scored += passed
-        with _timed(clock, "select"):
-            recomputed = self._select(job, evidence)
+        if selector.needs <= {Evidence.LOADED}:
+            with _timed(clock, "select"):
+                recomputed, mask = self._select(job, {})
+            with _timed(clock, "load"):
+                self._load(job, chunks, left_out=mask)
+        else:
+            with _timed(clock, "load"):
+                turns = self._load(job, chunks)
+            with _timed(clock, "score"):
+                evidence, scored = self._gather(job, chunks, turns, selector.needs)
+            with _timed(clock, "select"):
+                recomputed, _ = self._select(job, evidence)
         with _timed(clock, "forward"):
             computed = [(a, min(b, job.plan.prompt_tokens - 1)) for a, b in job.plan.computed_ranges()]
             self._compute(job, _joined([*computed, *recomputed]))
+            self._loader.wait_for_all()
         return Outcome(recomputed=tuple(recomputed), tiers=tiers, scored_tokens=scored, milliseconds=clock)
+
+    def _read_all(self, job: BlendJob) -> tuple[Chunks, dict[str, str], str | None]:
+        """The job's chunks and where each came from; or what is wrong with one of them."""
+        chunks: Chunks = {}
+        tiers: dict[str, str] = {}
+        try:
+            for key in dict.fromkeys(run.key for run in job.plan.runs):
+                chunks[key], tiers[key] = self._read(key)
+        except KVBlendError as error:
+            return {}, {}, str(error)
+        return chunks, tiers, None
 
     def _read(self, key: str) -> tuple[torch.Tensor, str]:
         kv, tier = self._store.get_with_tier(key)
@@ -91,36 +101,52 @@ class Blender:
             )
         return kv, tier
 
-    def _load(self, job: BlendJob, chunks: dict[str, torch.Tensor]) -> Layered:
-        """Write the reused tokens' KV into the paged cache, keys rotated to where they stand now."""
-        paged, runs = self._paged, job.plan.runs
-        slots = reused_slots(job.plan, job.block_ids, paged)
-        new = torch.cat([torch.arange(run.start, run.stop) for run in runs]).to(paged.device)
-        stored = torch.cat([torch.arange(run.chunk_start, run.chunk_start + run.length) for run in runs])
-        stored = stored.to(paged.device) + self._context_tokens
-        shifts: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
-        loaded: Layered = []
-        for index, layer in enumerate(paged.layers):
-            parts = [chunks[run.key][index, :, run.chunk_start : run.chunk_start + run.length] for run in runs]
-            keys, values = torch.cat(parts, dim=1).to(paged.device, non_blocking=True)
-            if layer.rotary is not None:
-                which = (layer.rotary.table.data_ptr(), layer.rotary.interleaved)
-                if which not in shifts:
-                    shifts[which] = shift(layer.rotary, stored, new)
-                keys = rotate(keys, *shifts[which], layer.rotary.interleaved)
-            paged.write(layer, keys, values, slots)
-            loaded.append((keys, values))
-        return loaded
+    def _load(self, job: BlendJob, chunks: Chunks, left_out: torch.Tensor | None = None) -> Turns:
+        """Start loading the reused tokens' KV, keys rotated to where they stand now.
 
-    def _select(self, job: BlendJob, evidence: dict[str, torch.Tensor]) -> list[tuple[int, int]]:
+        Args:
+            job: the request.
+            chunks: those of its plan.
+            left_out: (reused tokens,) bool, tokens that will be recomputed.
+        """
+        positions = torch.from_numpy(job.plan.reused_positions()[0])
+        slots = self._paged.slots(job.block_ids, positions)
+        if left_out is not None:
+            slots = slots.masked_fill(left_out, -1)
+        turns = Turns(job.plan, self._context_tokens, self._paged.device)
+        self._loader.start(job.plan, chunks, slots, turns)
+        return turns
+
+    def _gather(
+        self, job: BlendJob, chunks: Chunks, turns: Turns, needs: frozenset[Evidence]
+    ) -> tuple[dict[str, torch.Tensor], int]:
+        """The evidence that a selector needs, and how many tokens it cost."""
+        paged, total = self._paged, self._ranks.sum
+        evidence: dict[str, torch.Tensor] = {}
+        scored = 0
+        if Evidence.DEVIATION in needs:
+            layer = deviation_layer(paged)
+            stored = rotated(job.plan, chunks, turns, paged.layers.index(layer), layer, paged.device)
+            gathered, passed = deviation(job, stored, paged, self._forward, self._loader, total)
+            evidence.update(gathered)
+            scored += passed
+        if Evidence.QUESTION_ATTENTION in needs:
+            gathered, passed = question_attention(job, paged, self._forward, self._loader, total)
+            evidence.update(gathered)
+            scored += passed
+        return evidence, scored
+
+    def _select(self, job: BlendJob, evidence: dict[str, torch.Tensor]) -> tuple[list[tuple[int, int]], torch.Tensor]:
+        """Prompt ranges to recompute, and the same as a mask over the reused tokens."""
         given = SelectionInput.from_plan(
             job.plan, job.recipe.ratio, job.recipe.span, device=self._paged.device, **evidence
         )
         mask = self._ranks.same(get_selector(job.recipe.selector).select(given))
-        return mask_to_ranges(given.positions, mask)
+        return mask_to_ranges(given.positions, mask), mask
 
     def _compute(self, job: BlendJob, ranges: Iterable[tuple[int, int]]) -> None:
-        self._forward.run(Row(job.token_ids, job.block_ids, start, stop) for start, stop in ranges if start < stop)
+        rows = [Row(job.token_ids, job.block_ids, start, stop) for start, stop in ranges if start < stop]
+        self._forward.run(rows, around=self._taps)
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

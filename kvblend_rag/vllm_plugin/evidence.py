@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
+from kvblend_rag.vllm_plugin.loader import Loader
 from kvblend_rag.vllm_plugin.metadata import BlendJob
 from kvblend_rag.vllm_plugin.paged_kv import AttentionLayer, PagedKV
 from kvblend_rag.vllm_plugin.taps import Taps
@@ -28,6 +28,7 @@ def question_attention(
     job: BlendJob,
     paged: PagedKV,
     forward: ScatteredForward,
+    loader: Loader,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], int]:
     """Attention of the question on each reused token: ``question_mass`` and ``last_mass``.
@@ -39,21 +40,20 @@ def question_attention(
         The evidence, float32, shape (reused tokens,), and the number of tokens passed.
     """
     plan, layers = job.plan, middle_layers(paged.layers)
-    taps = Taps({layer.name for layer in layers}, [layer.name for layer in paged.layers])
+    taps = Taps([layer.name for layer in paged.layers], loader.wait, see={layer.name for layer in layers})
     rows = [Row(job.token_ids, job.block_ids, start, stop) for start, stop in plan.computed_ranges()]
     positions = forward.run(rows, around=taps)
     asked = torch.from_numpy(np.flatnonzero(positions >= plan.question_range[0])).to(paged.device)
     query_positions = torch.from_numpy(positions.astype(np.int64)).to(paged.device)[asked]
     last = int(query_positions.argmax())
-    every = torch.arange(plan.prompt_tokens)
-    slots = paged.slots(job.block_ids, every)
-    hidden = every.to(paged.device)[None, :] > query_positions[:, None]
+    hidden = torch.arange(plan.prompt_tokens, device=paged.device)[None, :] > query_positions[:, None]
     reused = torch.from_numpy(plan.reused_positions()[0]).to(paged.device)
     question_mass = torch.zeros(len(reused), device=paged.device)
     last_mass = torch.zeros_like(question_mass)
     for layer in layers:
         queries = torch.cat(taps.queries[layer.name])[asked]
-        mass = _attention(queries, paged.read(layer, slots)[0], float(layer.module.impl.scale), hidden)[:, reused]
+        keys, _ = paged.read(layer, job.block_ids, plan.prompt_tokens)
+        mass = _attention(queries, keys, float(layer.module.impl.scale), hidden)[:, reused]
         question_mass += mass.mean(dim=0)
         last_mass += mass[last]
     return {
@@ -82,6 +82,7 @@ def deviation(
     loaded: tuple[torch.Tensor, torch.Tensor],
     paged: PagedKV,
     forward: ScatteredForward,
+    loader: Loader,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], int]:
     """How far each reused token's stored KV is from what full attention gives at an early layer.
@@ -90,19 +91,21 @@ def deviation(
 
     Args:
         job: the request.
-        loaded: keys and values of ``deviation_layer`` as loaded, (reused tokens, kv_heads, head_dim).
+        loaded: keys and values of ``deviation_layer`` as stored, keys rotated, (reused tokens, kv_heads, head_dim).
         paged: the cache.
         forward: runs the layers.
+        loader: has started to load the request.
         sum_over_ranks: all-reduce.
 
     Returns:
         ``key_deviation`` and ``value_deviation``, float32, shape (reused tokens,), and the tokens passed.
     """
     layer = deviation_layer(paged)
-    taps = Taps({layer.name}, [each.name for each in paged.layers])
+    taps = Taps([each.name for each in paged.layers], loader.wait, see={layer.name})
     row = Row(job.token_ids, job.block_ids, job.first, job.plan.prompt_tokens - 1)
     passed = forward.run([row], around=taps)
-    computed = paged.read(layer, reused_slots(job.plan, job.block_ids, paged))
+    reused = torch.from_numpy(job.plan.reused_positions()[0]).to(paged.device)
+    computed = [each[reused] for each in paged.read(layer, job.block_ids, job.plan.prompt_tokens)]
     names = ("key_deviation", "value_deviation")
     return {
         name: sum_over_ranks((new.float() - old.float()).square().sum(dim=(1, 2)))
@@ -115,9 +118,4 @@ def deviation_layer(paged: PagedKV) -> AttentionLayer:
     return paged.layers[min(_DEVIATION_LAYER, len(paged.layers) - 1)]
 
 
-def reused_slots(plan: BlendPlan, block_ids: Sequence[int], paged: PagedKV) -> torch.Tensor:
-    """(reused tokens,) int64 slots, in prompt order."""
-    return paged.slots(block_ids, torch.from_numpy(plan.reused_positions()[0]))
-
-
-__all__ = ["deviation", "deviation_layer", "middle_layers", "question_attention", "reused_slots"]
+__all__ = ["deviation", "deviation_layer", "middle_layers", "question_attention"]

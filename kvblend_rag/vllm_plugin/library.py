@@ -23,7 +23,9 @@ class Library:
 
     def __init__(self, config: BlendConfig, fingerprint: str, context: tuple[int, ...]) -> None:
         self._catalogue: Catalogue = open_catalogue(config)
-        self._fingerprint, self._context = fingerprint, as_token_ids(context)
+        self._fingerprint = fingerprint
+        self.context = as_token_ids(context)
+        """Token ids of the ingest context."""
         self._min_run = config.min_run
         self._shelves: dict[str, _Shelf] = {}
         self._stale: set[str] = set()
@@ -52,7 +54,7 @@ class Library:
 
     def _shelf(self, tenant: str) -> _Shelf:
         if tenant not in self._shelves:
-            self._shelves[tenant] = _Shelf(namespace(self._fingerprint, self._context, tenant))
+            self._shelves[tenant] = _Shelf(namespace(self._fingerprint, self.context, tenant))
             self._stale.add(tenant)
         return self._shelves[tenant]
 

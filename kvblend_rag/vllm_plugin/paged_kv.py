@@ -57,15 +57,24 @@ class PagedKV:
         """Put keys and values, each (tokens, kv_heads, head_dim), into a layer's slots."""
         layer.module.impl.do_kv_cache_update(layer.module, keys.contiguous(), values.contiguous(), layer.cache, slots)
 
-    def read(self, layer: AttentionLayer, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, each (tokens, kv_heads, head_dim), out of a layer's slots."""
-        blocks, which = torch.unique_consecutive(slots // self._rows, return_inverse=True)
-        inside = self._flat(layer.cache[blocks])
-        rows = slots % self._rows
+    @property
+    def token_rows(self) -> bool:
+        """Whether a token's keys and values lie side by side in the cache's last dimension."""
+        row = torch.arange(self._rows, device=self.device)[:, None] * 2 * self.head_dim
+        column = torch.arange(self.head_dim, device=self.device)[None, :]
+        plain = row + column
+        return torch.equal(self._keys_at, plain) and torch.equal(self._values_at, plain + self.head_dim)
+
+    def read(self, layer: AttentionLayer, block_ids: Sequence[int], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a request's first tokens, each (tokens, kv_heads, head_dim), out of a layer."""
+        per_block = self.block_size // self._rows
+        blocks = torch.as_tensor(block_ids[: -(-tokens // self.block_size)], dtype=torch.int64)
+        kernel_blocks = (blocks[:, None] * per_block + torch.arange(per_block)).flatten().to(self.device)
+        inside = self._flat(layer.cache[kernel_blocks])
 
         def gather(at: torch.Tensor) -> torch.Tensor:
-            everything = inside[:, :, at.flatten()].unflatten(2, at.shape)
-            return everything[which, :, rows]
+            everything = inside[:, :, at.flatten()].unflatten(2, at.shape)  # (blocks, heads, rows, dim)
+            return everything.transpose(1, 2).flatten(0, 1)[:tokens]
 
         return gather(self._keys_at), gather(self._values_at)
 

@@ -58,8 +58,15 @@ def read_wish(request: Request, config: BlendConfig) -> Wish:
         blend=bool(given.get("blend", True)),
         recipe=Recipe(wished.selector, wished.recompute_ratio, wished.span_size),
         tenant=wished.tenant,
-        ingest=None if ingest is None else Ingest(ingest["key"], ingest["namespace"], int(ingest["start"])),
+        ingest=None if ingest is None else _read_ingest(ingest),
     )
+
+
+def _read_ingest(given: Any) -> Ingest:
+    match given:
+        case {"key": str(key), "namespace": str(space), "start": int(start)} if len(given) == 3 and start >= 0:
+            return Ingest(key, space, start)
+    raise ConfigError(f"`ingest` is {given!r}, and must hold a key, a namespace and a start.")
 
 
 def facts(request: Request) -> RequestFacts:
@@ -72,6 +79,7 @@ def facts(request: Request) -> RequestFacts:
         pooling=request.pooling_params is not None,
         prompt_logprobs=sampling is not None and sampling.prompt_logprobs is not None,
         resumable=bool(getattr(request, "resumable", False)),
+        skips_prefix_cache=bool(getattr(request, "skip_reading_prefix_cache", False)),
     )
 
 

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
@@ -137,8 +138,10 @@ class SchedulerSide:
         if blend is None:
             return
         if external <= 0:
-            whose = "the same blend's KV" if blend.isolated else "the prompt"
-            self._note(request.request_id, reason=f"{whose} was in vLLM's own prefix cache")
+            # After a preemption the report tells of the blend that was, and what is missing is computed.
+            if not self._reports[request.request_id].blended:
+                whose = "the same blend's KV" if blend.isolated else "the prompt"
+                self._note(request.request_id, reason=f"{whose} was in vLLM's own prefix cache")
             return
         first = blend.plan.prompt_tokens - 1 - external
         plan = blend.plan.clip(first, self._config.min_run)
@@ -227,6 +230,9 @@ class SchedulerSide:
         space = self._library.namespace(tenant)
         if ingest.namespace != space or ingest.key != chunk_key(space, tokens):
             return "the chunk's key does not belong to this model, ingest context and tenant; nothing was stored"
+        # The key stands for what is in front of the chunk too: it must be there, or the store is poisoned.
+        if not len(tokens) or not np.array_equal(prompt[: ingest.start], self._library.context):
+            return "the chunk does not stand right behind the ingest context; nothing was stored"
         self._savings[request_id] = _Saving(tokens, ingest)
         return STORING
 

@@ -118,9 +118,8 @@ def check_shift(layers: list[AttentionLayer], paged: PagedKV, forward: Scattered
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, config.model_config.get_vocab_size(), (count,), generator=generator)
     row = Row(tokens.to(torch.int32).numpy(), list(blocks), 0, count)
-    slots = paged.slots(list(blocks), torch.arange(count))
     forward.run([row])
-    before = [paged.read(layer, slots) for layer in layers]
+    before = [paged.read(layer, list(blocks), count) for layer in layers]
     forward.run([row], position_offset=offset)
     # What bfloat16 loses over a deep model's layers stays below a tenth; a wrong rotation is of order one.
     tolerance = 0.01 if paged.dtype == torch.float32 else 0.1
@@ -129,7 +128,9 @@ def check_shift(layers: list[AttentionLayer], paged: PagedKV, forward: Scattered
         if layer.rotary is not None:
             cos, sin = shift(layer.rotary, here, here + offset)
             keys = rotate(keys, cos, sin, layer.rotary.interleaved)
-        for what, expected, found in zip(("keys", "values"), (keys, values), paged.read(layer, slots), strict=True):
+        for what, expected, found in zip(
+            ("keys", "values"), (keys, values), paged.read(layer, list(blocks), count), strict=True
+        ):
             error = (found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-6)
             if not error < tolerance:
                 raise Refused(

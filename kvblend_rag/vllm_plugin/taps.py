@@ -1,13 +1,13 @@
-"""Taps: look into the attention layers during a scattered forward, and stop it early.
+"""Taps: stand between a scattered forward and its attention layers.
 
 The attention op looks its layer up in the forward context at run time (vllm/model_executor/layers/
-attention/attention.py), eager or compiled. A context whose layers are proxies therefore sees every
-query without a patch, and is gone when the forward ends.
+attention/attention.py), eager or compiled. A context whose layers are proxies therefore waits for loads,
+sees queries and ends early without a patch, and is gone when the forward ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,63 +16,44 @@ from vllm.forward_context import get_forward_context
 
 
 class _Stop(Exception):
-    """Leaves the model when the last tapped layer has been seen."""
+    """Leaves the model when the last layer of interest has been seen."""
 
 
 class _TappedLayer:
-    """An attention layer whose ``impl`` reports the query before it attends."""
+    """An attention layer that asks before it writes its KV, and shows its query before it attends."""
 
-    def __init__(self, layer: Any, see: Callable[[torch.Tensor], None], last: bool) -> None:
-        self._layer, self._see, self._last = layer, see, last
+    def __init__(self, layer: Any, before: Callable[[], None], see: Callable[[torch.Tensor], None]) -> None:
+        self._layer, self._before, self._see = layer, before, see
         self.impl = self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
     def do_kv_cache_update(self, _layer: Any, *args: Any) -> None:
+        # A load that came later would overwrite what is written here.
+        self._before()
         self._layer.impl.do_kv_cache_update(self._layer, *args)
 
     def forward(self, _layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self._see(query)
-        if self._last:
-            raise _Stop
         return self._layer.impl.forward(self._layer, query, *args, **kwargs)
 
 
 class Taps:
-    """Collects the queries of some layers; a context manager to enter inside a forward context.
+    """A context manager to enter inside a forward context; may be entered again for the next forward.
 
     Args:
-        names: the layers to look at; the forward ends when the last of them has written its KV and shown
-            its query, which saves the layers behind it.
-        order: all attention layers in the order in which they run.
+        order: all attention layers, in the order in which they run.
+        before: called with a layer's name before it writes its KV.
+        see: layers whose queries are collected; the forward ends when the last of them has written its KV
+            and shown its query, which saves the layers behind it.
     """
 
-    def __init__(self, names: Collection[str], order: list[str]) -> None:
-        self._names = [name for name in order if name in names]
-        self.queries: dict[str, list[torch.Tensor]] = {name: [] for name in self._names}
+    def __init__(self, order: Sequence[str], before: Callable[[str], None], see: Collection[str] = ()) -> None:
+        self._order, self._before = list(order), before
+        self.queries: dict[str, list[torch.Tensor]] = {name: [] for name in order if name in see}
         """(tokens, heads, head_dim) of each forward that was run inside."""
-
-    @contextmanager
-    def _entered(self) -> Iterator[None]:
-        context = get_forward_context()
-        tapped = {
-            name: _TappedLayer(
-                context.no_compile_layers[name],
-                self._see(name),
-                last=name == self._names[-1],
-            )
-            for name in self._names
-        }
-        context.no_compile_layers = {**context.no_compile_layers, **tapped}
-        try:
-            yield
-        except _Stop:
-            return
-
-    def _see(self, name: str) -> Callable[[torch.Tensor], None]:
-        seen = self.queries[name]
-        return lambda query: seen.append(query.clone())
+        self._last = next(reversed(self.queries), None)
 
     def __enter__(self) -> Taps:
         self._context = self._entered()
@@ -81,6 +62,31 @@ class Taps:
 
     def __exit__(self, *error: Any) -> bool | None:
         return self._context.__exit__(*error)
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        context = get_forward_context()
+        tapped = {
+            name: _TappedLayer(context.no_compile_layers[name], self._waits(name), self._sees(name))
+            for name in self._order
+        }
+        context.no_compile_layers = {**context.no_compile_layers, **tapped}
+        try:
+            yield
+        except _Stop:
+            return
+
+    def _waits(self, name: str) -> Callable[[], None]:
+        return lambda: self._before(name)
+
+    def _sees(self, name: str) -> Callable[[torch.Tensor], None]:
+        def see(query: torch.Tensor) -> None:
+            if name in self.queries:
+                self.queries[name].append(query.clone())
+            if name == self._last:
+                raise _Stop
+
+        return see
 
 
 __all__ = ["Taps"]

@@ -18,6 +18,7 @@ from kvblend_rag.vllm_plugin import compat
 from kvblend_rag.vllm_plugin.blender import Blender
 from kvblend_rag.vllm_plugin.forward import ScatteredForward
 from kvblend_rag.vllm_plugin.identity import fingerprint
+from kvblend_rag.vllm_plugin.loader import make_loader
 from kvblend_rag.vllm_plugin.metadata import BlendJob, Handshake, Outcome, SaveJob, StepOutcome
 from kvblend_rag.vllm_plugin.paged_kv import PagedKV
 from kvblend_rag.vllm_plugin.ranks import Ranks
@@ -61,8 +62,10 @@ class WorkerSide:
         """Copy chunks out of the paged cache and hand them to the writer."""
         for job in jobs:
             assert self._writer is not None
-            slots = self._paged.slots(job.block_ids, torch.arange(job.start, job.stop))
-            layers = [torch.stack(self._paged.read(layer, slots)) for layer in self._paged.layers]
+            layers = [
+                torch.stack(self._paged.read(layer, job.block_ids, job.stop))[:, job.start :]
+                for layer in self._paged.layers
+            ]
             self._writer.write(StoredChunk(job.key, job.namespace, job.token_ids, torch.stack(layers).cpu()))
 
     def take_outcomes(self) -> StepOutcome | None:
@@ -124,7 +127,7 @@ class WorkerSide:
             shard = (ranks.rank, ranks.size)
             self._store = open_store(self._config, shard, pin=self._paged.device.type == "cuda")
             self._writer = Writer(self._store, open_catalogue(self._config), shard)
-            self._blender = Blender(self._paged, forward, self._store, len(context), ranks)
+            self._blender = Blender(self._paged, forward, make_loader(self._paged), self._store, len(context), ranks)
         except (Refused, ValueError, KVBlendError) as error:
             refusal = str(error).rstrip(".")
             logger.warning("kvblend does not blend: %s.", refusal)

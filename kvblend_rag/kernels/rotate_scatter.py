@@ -1,0 +1,111 @@
+"""One pass over staged KV: read a token's keys and values, rotate the keys, write both into the paged cache.
+
+The bytes moved are the floor: each element is read once and written once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _kernel(
+    staged,
+    keys_at,
+    values_at,
+    slots,
+    cos,
+    sin,
+    cache,
+    block_stride,
+    head_stride,
+    token_stride,
+    block_size,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+):
+    token = tl.program_id(0)
+    slot = tl.load(slots + token)
+    if slot >= 0:
+        head = tl.arange(0, HEADS_PADDED)[:, None]
+        dim = tl.arange(0, DIM_PADDED)[None, :]
+        inside = (head < HEADS) & (dim < DIM)
+        rotated = dim < 2 * HALF
+        # The other half of each pair, its sign in the rotation, and which frequency turns it.
+        if INTERLEAVED:
+            partner = dim ^ 1
+            sign = tl.where(dim % 2 == 0, -1.0, 1.0)
+            frequency = dim // 2
+        else:
+            partner = tl.where(dim < HALF, dim + HALF, dim - HALF)
+            sign = tl.where(dim < HALF, -1.0, 1.0)
+            frequency = dim % HALF if HALF > 0 else dim
+        source = staged + tl.load(keys_at + token)
+        key = tl.load(source + head * DIM + dim, mask=inside, other=0.0)
+        if HALF > 0:
+            other = tl.load(source + head * DIM + partner, mask=inside & rotated, other=0.0).to(tl.float32)
+            c = tl.load(cos + token * HALF + frequency, mask=rotated, other=1.0)
+            s = tl.load(sin + token * HALF + frequency, mask=rotated, other=0.0)
+            turned = (key.to(tl.float32) * c + sign * other * s).to(key.dtype)
+            key = tl.where(rotated, turned, key)
+        value = tl.load(staged + tl.load(values_at + token) + head * DIM + dim, mask=inside, other=0.0)
+        target = cache + (slot // block_size) * block_stride + (slot % block_size) * token_stride
+        tl.store(target + head * head_stride + dim, key, mask=inside)
+        tl.store(target + head * head_stride + DIM + dim, value, mask=inside)
+
+
+def rotate_scatter(
+    staged: torch.Tensor,
+    keys_at: torch.Tensor,
+    values_at: torch.Tensor,
+    slots: torch.Tensor,
+    turn: tuple[torch.Tensor, torch.Tensor] | None,
+    interleaved: bool,
+    cache: torch.Tensor,
+) -> None:
+    """Write staged tokens into a layer's paged cache.
+
+    Args:
+        staged: any contiguous tensor of the cache's dtype; a token's keys are (kv_heads, head_dim) in it.
+        keys_at: (tokens,) int64, element offset of each token's keys.
+        values_at: (tokens,) int64, of its values.
+        slots: (tokens,) int64; a token at −1 is passed over.
+        turn: cosines and sines from ``blend.rope.shift``, each (tokens, rotary_dim / 2) float32; None: as stored.
+        interleaved: pairs are neighbours (GPT-J) rather than halves (NeoX).
+        cache: (blocks, kv_heads, block_size, 2 * head_dim), any strides but the last, keys in the first half.
+    """
+    tokens = len(slots)
+    if not tokens:
+        return
+    heads, block_size, dim = cache.shape[1], cache.shape[2], cache.shape[3] // 2
+    half = 0 if turn is None else turn[0].shape[1]
+    cos, sin = turn if turn is not None else (staged, staged)
+    _kernel[(tokens,)](
+        staged,
+        keys_at,
+        values_at,
+        slots,
+        cos,
+        sin,
+        cache,
+        cache.stride(0),
+        cache.stride(1),
+        cache.stride(2),
+        block_size,
+        HEADS=heads,
+        DIM=dim,
+        HALF=half,
+        INTERLEAVED=interleaved,
+        HEADS_PADDED=triton.next_power_of_2(heads),
+        DIM_PADDED=triton.next_power_of_2(dim),
+        num_warps=4,
+    )
+
+
+__all__ = ["rotate_scatter"]

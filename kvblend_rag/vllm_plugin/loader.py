@@ -1,0 +1,113 @@
+"""Loaders: stored chunks into the paged cache, keys rotated to where they stand now.
+
+``DirectLoader`` does it at once and on any device. ``StreamLoader`` overlaps: copies of a layer run while
+the layers before it compute, and whoever needs a layer waits for that layer alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from kvblend_rag.blend.plan import BlendPlan
+from kvblend_rag.blend.rope import Rotary, rotate, shift
+from kvblend_rag.vllm_plugin.paged_kv import AttentionLayer, PagedKV
+
+Chunks = dict[str, torch.Tensor]
+"""By key: a chunk's KV, (layers, 2, tokens, kv_heads, head_dim) on the host."""
+
+Turn = tuple[torch.Tensor, torch.Tensor]
+
+
+class Turns:
+    """Rotations of one request's reused tokens, by layer; layers that share a table share them.
+
+    Args:
+        plan: which chunk tokens stand where.
+        context_tokens: length of the ingest context, behind which stored chunks were computed.
+        device: of the results.
+    """
+
+    def __init__(self, plan: BlendPlan, context_tokens: int, device: torch.device) -> None:
+        runs = plan.runs
+        self._new = torch.cat([torch.arange(run.start, run.stop) for run in runs]).to(device)
+        stored = torch.cat([torch.arange(run.chunk_start, run.chunk_start + run.length) for run in runs])
+        self._stored = stored.to(device) + context_tokens
+        self._known: dict[tuple[int, bool], Turn] = {}
+
+    def of(self, rotary: Rotary | None) -> Turn | None:
+        """Cosines and sines, each (tokens, rotary_dim / 2) float32; None where nothing is rotated."""
+        if rotary is None:
+            return None
+        which = (rotary.table.data_ptr(), rotary.interleaved)
+        if which not in self._known:
+            self._known[which] = shift(rotary, self._stored, self._new)
+        return self._known[which]
+
+
+def rotated(
+    plan: BlendPlan, chunks: Chunks, turns: Turns, index: int, layer: AttentionLayer, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the reused tokens at one layer, each (tokens, kv_heads, head_dim), keys rotated."""
+    parts = [chunks[run.key][index, :, run.chunk_start : run.chunk_start + run.length] for run in plan.runs]
+    keys, values = torch.cat(parts, dim=1).to(device)
+    turn = turns.of(layer.rotary)
+    if turn is not None and layer.rotary is not None:
+        keys = rotate(keys, *turn, layer.rotary.interleaved)
+    return keys, values
+
+
+class Loader(ABC):
+    """Brings the reused tokens' KV of one request at a time into the paged cache."""
+
+    @abstractmethod
+    def start(self, plan: BlendPlan, chunks: Chunks, slots: torch.Tensor, turns: Turns) -> None:
+        """Begin.
+
+        Args:
+            plan: which chunk tokens stand where.
+            chunks: every chunk that the plan names.
+            slots: (reused tokens,) int64; a token at −1 is left out, since it will be recomputed.
+            turns: the request's rotations.
+        """
+
+    @abstractmethod
+    def wait(self, layer_name: str) -> None:
+        """Make the current stream wait until a layer of the last request is loaded."""
+
+    @abstractmethod
+    def wait_for_all(self) -> None:
+        """Make the current stream wait until the whole of the last request is loaded."""
+
+
+class DirectLoader(Loader):
+    """Loads everything before ``start`` returns, through the backend's own cache write."""
+
+    def __init__(self, paged: PagedKV) -> None:
+        self._paged = paged
+
+    def start(self, plan: BlendPlan, chunks: Chunks, slots: torch.Tensor, turns: Turns) -> None:
+        """See :meth:`Loader.start`."""
+        wanted = slots >= 0
+        for index, layer in enumerate(self._paged.layers):
+            keys, values = rotated(plan, chunks, turns, index, layer, self._paged.device)
+            self._paged.write(layer, keys[wanted], values[wanted], slots[wanted])
+
+    def wait(self, layer_name: str) -> None:
+        """Nothing is under way."""
+
+    def wait_for_all(self) -> None:
+        """Nothing is under way."""
+
+
+def make_loader(paged: PagedKV) -> Loader:
+    """The fastest loader that this device and cache layout allow."""
+    if paged.device.type == "cuda" and paged.token_rows:
+        from kvblend_rag.vllm_plugin.stream_loader import StreamLoader
+
+        return StreamLoader(paged)
+    return DirectLoader(paged)
+
+
+__all__ = ["Chunks", "DirectLoader", "Loader", "Turns", "make_loader", "rotated"]
