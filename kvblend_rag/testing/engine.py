@@ -220,7 +220,7 @@ class FakeEngine(Engine):
             prompt = prompt.get("prompt_token_ids") or prompt["prompt"]
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt)
-        return as_token_ids(prompt)
+        return as_token_ids(prompt)  # type: ignore[arg-type]
 
     def _answer(self, request: FakeRequest, room: int) -> ScriptedAnswer:
         given = self._answers(request)

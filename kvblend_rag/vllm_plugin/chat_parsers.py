@@ -56,8 +56,8 @@ class ParsedTurn(Turn):
         reasoning = request.reasoning_parser
         if reasoning is None:
             reasoning = dialect.reasoning_parser(template.source, architectures)
-        constrained = request.sampling.constrained or choice == "required" or isinstance(choice, tuple)
-        if constrained and not reasons_first:
+        forced = choice == "required" or isinstance(choice, tuple)
+        if (forced or request.sampling.constrained) and not reasons_first:
             reasoning = ""  # the form binds from the first token on: there is nothing to reason in
         self.prompt = template.token_ids(request.messages, tools, **request.template)
         has_results = any(message.get("role") == "tool" for message in request.messages)
@@ -69,7 +69,7 @@ class ParsedTurn(Turn):
         self._request = compat.chat_request(
             model="kvblend",
             messages=[{"role": "user", "content": ""}],
-            tools=tools or None,
+            tools=[_strict(tool) for tool in tools] if forced else tools or None,
             tool_choice=_as_openai(choice),
             parallel_tool_calls=request.parallel_tool_calls,
             structured_outputs=form(request.sampling),
@@ -171,6 +171,11 @@ def _parser_class(tool_name: str | None, reasoning_name: str | None) -> type[Par
         is_harmony="openai" in (tool_name, reasoning_name) or reasoning_name == "openai_gptoss",
     )
     return parser
+
+
+def _strict(tool: dict[str, Any]) -> dict[str, Any]:
+    """Without the mark, vLLM constrains a native call's syntax and not its arguments."""
+    return {**tool, "function": {**tool["function"], "strict": True}}
 
 
 def _as_openai(choice: str | tuple[str]) -> Any:
