@@ -17,6 +17,8 @@ class RequestFacts:
     prompt_logprobs: bool = False
     resumable: bool = False
     """A session to which later input is appended."""
+    skips_prefix_cache: bool = False
+    """It must not read what was computed before; vLLM then takes no KV from a connector either."""
 
 
 def refusal(facts: RequestFacts, *, model: str | None, enabled: bool, wanted: bool) -> str | None:
@@ -38,6 +40,7 @@ def refusal(facts: RequestFacts, *, model: str | None, enabled: bool, wanted: bo
         (facts.pooling, "the request asks for a pooled output"),
         (facts.prompt_logprobs, "prompt log-probabilities need an ordinary prefill"),
         (facts.resumable, "the request belongs to a session whose input goes on"),
+        (facts.skips_prefix_cache, "the request skips the prefix cache, and with it all KV computed before"),
     )
     return next((reason for applies, reason in reasons if applies), None)
 
