@@ -21,6 +21,7 @@ CUT = "cut by the splitter"
 ESCAPED = "escaped by the chat template"
 ABSENT = "not in the prompt"
 CACHED = "taken from the exact prefix cache"
+OTHER = "the same tokens of another chunk were used"
 
 _SEAM = 2
 """Tokens of a chunk that may read differently where it meets its neighbours, both ends together."""
@@ -42,7 +43,8 @@ class DocumentUse:
     """Tokens whose stored KV was used, recomputed ones included."""
     reason: str | None = None
     """Why not all was used: ``not ingested``, ``too short``, ``cut by the splitter``, ``escaped by the chat template``,
-    ``not in the prompt``, ``taken from the exact prefix cache``, or what the report says."""
+    ``not in the prompt``, ``taken from the exact prefix cache``, ``the same tokens of another chunk were used``, or
+    what the report says."""
 
 
 def which_found(
@@ -60,17 +62,16 @@ def which_found(
     if refusal is not None:
         return [DocumentUse(found="not", tokens=0, of=0, reused=0, reason=refusal) for _ in texts]
     tokens = as_token_ids(prompt_token_ids)
-    cut = [_cut(kv, text) for text in texts]
-    chunks = {key: chunk for pieces in cut for key, chunk in pieces}
-    covered = _covered(chunks, tokens)
-    missing = set(kv.catalogue.missing(chunks))
+    cut = [dict(_cut(kv, text)) for text in texts]
+    missing = set(kv.catalogue.missing(key for chunks in cut for key in chunks))
     used: dict[str, int] = {}
     for use in report.chunks:
         used[use.key] = used.get(use.key, 0) + use.tokens
     prompt = str(kv.engine.tokenizer.decode(tokens.tolist()))
     return [
-        _one(text, dict(pieces), covered, missing, used, prompt, report)
-        for text, pieces in zip(texts, cut, strict=True)
+        # One by one: texts that overlap must not take each other's place.
+        _one(text, chunks, _covered(chunks, tokens), missing, used, prompt, report)
+        for text, chunks in zip(texts, cut, strict=True)
     ]
 
 
@@ -97,7 +98,8 @@ def _one(
     elif reused >= tokens - _SEAM * len(chunks):
         reason = None
     else:
-        reason = report.reason or (CACHED if report.cached_tokens else None)
+        reason = report.reason if not report.blended else None
+        reason = CACHED if report.cached_tokens else reason or OTHER
     return DocumentUse(
         found="fully" if whole else "partly" if tokens else "not", tokens=tokens, of=of, reused=reused, reason=reason
     )
