@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import langchain_kvblend
+from kvblend_rag import KVBlend
+from kvblend_rag.errors import ConfigError, EngineUnavailable
+from langchain_kvblend import ChatKVBlend, KVBlendLLM
+
+NAMES = ["ChatKVBlend", "KVBlendLLM", "KVBlendRetriever", "KVBlendVectorStore", "PrefetchHandler"]
+
+
+def test_public_names():
+    assert langchain_kvblend.__all__ == NAMES
+    for name in NAMES:
+        assert getattr(langchain_kvblend, name).__name__ == name
+        assert name in dir(langchain_kvblend)
+    with pytest.raises(AttributeError, match="no attribute 'ChatKVBlendd'"):
+        _ = langchain_kvblend.ChatKVBlendd
+
+
+def test_it_is_typed():
+    assert (Path(langchain_kvblend.__file__).parent / "py.typed").exists()
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_importing_loads_neither_torch_nor_vllm_and_takes_no_time():
+    heavy = ("torch", "vllm", "transformers", "langchain_core")
+    seconds, loaded = run(
+        "import sys, time; start = time.perf_counter(); import langchain_kvblend; "
+        f"print(time.perf_counter() - start, [name for name in {heavy} if name in sys.modules], sep=';')"
+    ).split(";")
+    assert float(seconds) < 1
+    assert loaded.strip() == "[]"
+
+
+def test_making_a_model_loads_neither_torch_nor_vllm():
+    loaded = run(
+        f"import sys; from langchain_kvblend import {', '.join(NAMES)}; ChatKVBlend(model='a/b'); "
+        "print([name for name in ('torch', 'vllm', 'transformers') if name in sys.modules])"
+    )
+    assert loaded.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", [ChatKVBlend, KVBlendLLM])
+def test_without_vllm_one_clear_line(kind, monkeypatch, tmp_path):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "vllm" else found(name, *more))
+    llm = kind(model="some/model", settings={"store_path": str(tmp_path)})
+    with pytest.raises(EngineUnavailable, match=r"^vLLM is not installed: pip install 'kvblend-rag\[gpu\]'[^\n]*$"):
+        llm.invoke("hi")
+
+
+@pytest.mark.parametrize("kind", [ChatKVBlend, KVBlendLLM])
+def test_two_models_of_one_configuration_share_one_engine(kind, monkeypatch, tmp_path):
+    from kvblend_rag.testing import FakeEngine
+
+    started = []
+
+    def launch(config):
+        started.append(FakeEngine())
+        return started[-1]
+
+    monkeypatch.setattr("kvblend_rag.kvblend._launch", launch)
+    settings = {"store_path": str(tmp_path)}
+    one = kind(model="m", settings=settings, temperature=0)
+    two = kind(model=Path("m"), settings=settings, temperature=1, max_tokens=5)
+    other = ChatKVBlend(model="m", settings=settings, engine_args={"max_model_len": 512})
+    assert not started
+    one.invoke("hi")
+    two.invoke("hi")
+    assert len(started) == 1
+    other.invoke("hi")
+    assert len(started) == 2
+    one.close()
+    two.invoke("hi")  # still there for the other
+    assert len(started) == 2
+    two.close()
+    assert started[0].closed
+    assert not started[1].closed
+    one.invoke("hi")  # a later request starts anew
+    assert len(started) == 3
+    one.close()
+    one.close()
+    other.close()
+    assert all(engine.closed for engine in started)
+
+
+def test_closing_a_model_leaves_a_given_kv_alone(kv, engine):
+    llm = ChatKVBlend(kv=kv)
+    llm.invoke("hi")
+    llm.close()
+    assert not engine.closed
+    llm.invoke("hi")
+
+
+@pytest.mark.parametrize("kind", [ChatKVBlend, KVBlendLLM])
+def test_what_can_not_be_meant(kind, kv, tmp_path):
+    with pytest.raises(ConfigError, match=r"no argument 'temprature'. Did you mean 'temperature'?"):
+        kind(model="m", temprature=0)
+    with pytest.raises(ConfigError, match="engine_args"):
+        kind(model="m", zzzz=0)
+    with pytest.raises(ConfigError, match="Which model"):
+        kind()
+    with pytest.raises(ConfigError, match="Give kv, or model"):
+        kind(kv=kv, model="another")
+    with pytest.raises(ConfigError, match="Give kv, or model"):
+        kind(kv=kv, settings={"chunk_size": 64})
+    with pytest.raises(ConfigError, match="Unknown key 'chunksize'"):
+        kind(model="m", settings={"chunksize": 64})
+    assert kind(kv=kv, model="fake-model").model == "fake-model"
+
+
+def test_configuration_from_a_file(tmp_path):
+    file = tmp_path / "kvblend.yaml"
+    file.write_text(f"model: from-file\nstore_path: {tmp_path}\nchunk_size: 99\n")
+    llm = ChatKVBlend(config_file=file, settings={"span_size": 8})
+    assert llm.model == "from-file"
+    assert llm._identifying_params["settings"]["chunk_size"] == 99
+    assert llm._identifying_params["settings"]["span_size"] == 8
+
+
+def test_an_engine_handed_over_without_a_name(tmp_path):
+    from kvblend_rag.config import BlendConfig
+    from kvblend_rag.testing import FakeEngine
+
+    with KVBlend(BlendConfig(store_path=str(tmp_path)), FakeEngine(model="handed-over")) as kv:
+        llm = ChatKVBlend(kv=kv)
+        assert llm.model == "handed-over"
+        assert llm._identifying_params["settings"]["fingerprint"] == "fake:handed-over"
