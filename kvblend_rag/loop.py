@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
@@ -71,6 +72,8 @@ class LoopThread:
     def stop(self) -> None:
         """End our own loop; somebody else's is left alone."""
         if self._thread is not None and self._thread.is_alive():
+            with contextlib.suppress(TimeoutError):
+                self._submit(_cancel_all()).result(timeout=5)
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join(timeout=5)
 
@@ -79,6 +82,14 @@ class LoopThread:
             work.close()
             raise RuntimeError("The event loop that this engine was started in has ended.")
         return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+
+async def _cancel_all() -> None:
+    """End every other task, so that none is destroyed while it waits."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 __all__ = ["LoopThread"]

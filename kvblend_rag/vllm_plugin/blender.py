@@ -84,19 +84,24 @@ class Blender:
         chunks: Chunks = {}
         tiers: dict[str, str] = {}
         try:
-            for key in dict.fromkeys(run.key for run in job.plan.runs):
-                chunks[key], tiers[key] = self._read(key)
+            needed: dict[str, int] = {}
+            for run in job.plan.runs:
+                needed[run.key] = max(needed.get(run.key, 0), run.chunk_start + run.length)
+            for key, tokens in needed.items():
+                chunks[key], tiers[key] = self._read(key, tokens)
         except KVBlendError as error:
             return {}, {}, str(error)
         return chunks, tiers, None
 
-    def _read(self, key: str) -> tuple[torch.Tensor, str]:
+    def _read(self, key: str, tokens: int) -> tuple[torch.Tensor, str]:
+        """A chunk's KV, of at least so many tokens, and the tier it came from."""
         kv, tier = self._store.get_with_tier(key)
         layers, paged = len(self._paged.layers), self._paged
-        shape = (layers, 2, kv.shape[2], paged.heads, paged.head_dim)
-        if tuple(kv.shape) != shape or kv.dtype != paged.dtype:
+        found = tuple(kv.shape)
+        shape = (layers, 2, max(tokens, *found[2:3]), paged.heads, paged.head_dim)
+        if found != shape or kv.dtype != paged.dtype:
             raise ChunkDamaged(
-                f"The chunk {key} holds {kv.dtype} of shape {tuple(kv.shape)}, and this model needs {paged.dtype} "
+                f"The chunk {key} holds {kv.dtype} of shape {found}, and this model needs {paged.dtype} "
                 f"of shape {shape}; it was not used."
             )
         return kv, tier

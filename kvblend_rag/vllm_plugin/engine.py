@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import time
@@ -13,10 +14,11 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.engine import Engine, EngineInfo, Prompt
-from kvblend_rag.errors import ConfigError, KVBlendError, PromptTooLong
+from kvblend_rag.errors import ConfigError, EngineUnavailable, KVBlendError, PromptTooLong
 from kvblend_rag.loop import LoopThread
 from kvblend_rag.output import CompletionOutput, RequestMetrics, RequestOutput
 from kvblend_rag.report import BlendReport
@@ -163,7 +165,8 @@ class VLLMEngine(Engine):
             return
         self._closed = True
         try:
-            self.run(self.call("close"))
+            with contextlib.suppress(EngineDeadError):  # what it had acknowledged is on disk
+                self.run(self.call("close"))
         finally:
             if self._owned:
                 self._llm.shutdown()
@@ -193,6 +196,8 @@ class VLLMEngine(Engine):
                 if params.output_kind != RequestOutputKind.FINAL_ONLY and first is None:
                     first = now
                 yield _converted(output, submitted, first, now)
+        except EngineDeadError as error:
+            raise EngineUnavailable("vLLM's engine has died; its log tells why. Make a new one.") from error
         except (ValueError, VLLMValidationError) as error:
             raise _explained(error, self.info) from error
 

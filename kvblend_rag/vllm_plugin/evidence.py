@@ -13,6 +13,9 @@ from kvblend_rag.vllm_plugin.metadata import BlendJob
 from kvblend_rag.vllm_plugin.paged_kv import AttentionLayer, PagedKV
 from kvblend_rag.vllm_plugin.taps import Taps
 
+_WORKSPACE_ELEMENTS = 1 << 24
+"""Attention logits held at a time: 64 MiB in float32, whatever the prompt's length."""
+
 _DEVIATION_LAYER = 1
 """The first layer whose KV depends on what the chunks see of each other (CacheBlend, arXiv 2405.16444)."""
 
@@ -45,36 +48,43 @@ def question_attention(
     positions = forward.run(rows, around=taps)
     asked = torch.from_numpy(np.flatnonzero(positions >= plan.question_range[0])).to(paged.device)
     query_positions = torch.from_numpy(positions.astype(np.int64)).to(paged.device)[asked]
-    last = int(query_positions.argmax())
-    hidden = torch.arange(plan.prompt_tokens, device=paged.device)[None, :] > query_positions[:, None]
     reused = torch.from_numpy(plan.reused_positions()[0]).to(paged.device)
-    question_mass = torch.zeros(len(reused), device=paged.device)
-    last_mass = torch.zeros_like(question_mass)
+    masses = torch.zeros(2, plan.prompt_tokens, device=paged.device)
     for layer in layers:
         queries = torch.cat(taps.queries[layer.name])[asked]
         keys, _ = paged.read(layer, job.block_ids, plan.prompt_tokens)
-        mass = _attention(queries, keys, float(layer.module.impl.scale), hidden)[:, reused]
-        question_mass += mass.mean(dim=0)
-        last_mass += mass[last]
-    return {
-        "question_mass": sum_over_ranks(question_mass) / len(layers),
-        "last_mass": sum_over_ranks(last_mass) / len(layers),
-    }, len(positions)
+        masses += _attention(queries, query_positions, keys, float(layer.module.impl.scale))
+    question_mass, last_mass = sum_over_ranks(masses[:, reused]) / len(layers)
+    return {"question_mass": question_mass, "last_mass": last_mass}, len(positions)
 
 
-def _attention(queries: torch.Tensor, keys: torch.Tensor, scale: float, hidden: torch.Tensor) -> torch.Tensor:
-    """(queries, keys) float32: softmax attention, mean over heads.
+def _attention(queries: torch.Tensor, query_positions: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """(2, keys) float32: softmax attention, mean over heads; of all queries, and of the last one alone.
 
     Args:
         queries: (queries, heads, head_dim).
-        keys: (keys, kv_heads, head_dim).
+        query_positions: (queries,) int64; a query sees the keys up to its own position.
+        keys: (keys, kv_heads, head_dim), those of positions 0, 1, …
         scale: of the logits.
-        hidden: (queries, keys) bool, what a query must not see.
     """
-    kv_heads = keys.shape[1]
-    grouped = queries.float().unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
-    logits = grouped @ keys.float().permute(1, 2, 0)[:, None] * scale
-    return logits.masked_fill_(hidden, -torch.inf).softmax(dim=-1).mean(dim=(0, 1))
+    count, heads, kv_heads = len(queries), queries.shape[1], keys.shape[1]
+    grouped = queries.unflatten(1, (kv_heads, -1)).permute(1, 0, 2, 3).contiguous()  # (kv_heads, queries, group, dim)
+    at_once = max(1, _WORKSPACE_ELEMENTS // (len(keys) * grouped.shape[2]))
+    every = torch.arange(len(keys), device=keys.device)
+    last = int(query_positions.argmax())
+    masses = torch.zeros(2, len(keys), device=keys.device)
+    for kv_head in range(kv_heads):
+        turned = keys[:, kv_head].T
+        for start in range(0, count, at_once):
+            part = slice(start, min(start + at_once, count))
+            logits = (grouped[kv_head, part] @ turned).float() * scale
+            hidden = every > query_positions[part, None, None]
+            mass = logits.masked_fill_(hidden, -torch.inf).softmax(dim=-1).sum(dim=1)
+            masses[0] += mass.sum(dim=0)
+            if part.start <= last < part.stop:
+                masses[1] += mass[last - part.start]
+    masses[0] /= count
+    return masses / heads
 
 
 def deviation(

@@ -1,0 +1,31 @@
+"""On a GPU: `kvblend bench gpu` without the command line's packages.
+
+python tests/gpu/ttft.py OUT.json [--shape NAME] [--lengths N …] [--spans N …] [--repeats N] [--eager]
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def main() -> None:
+    from kvblend_rag.commands import bench_gpu
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--spans", type=int, nargs="+", default=[64, 16])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--eager", action="store_true")
+    given = parser.parse_args()
+    result = bench_gpu.run(given.shape, given.lengths, given.spans, given.repeats, enforce_eager=given.eager)
+    given.out.write_text(json.dumps(result, indent=1))
+    for length, rows in result["results"].items():
+        for name, row in rows.items():
+            steps = {step: round(time, 1) for step, time in row["host_ms"].items()}
+            print(f"{length:>6} {name:<32} {row['median_ms']:8.1f} ms  {row['speedup']:5.2f}x  {steps}")
+
+
+if __name__ == "__main__":
+    main()
