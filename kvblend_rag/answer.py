@@ -31,7 +31,7 @@ class _Answer:
     plain: bool = True
     """Whether all of it was text so far."""
     calls: set[int] = field(default_factory=set)
-    tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     done: bool = False
 
 
@@ -56,7 +56,7 @@ class AnswerReader:
             deltas.append(
                 dataclasses.replace(
                     last,
-                    usage=self._usage(output, sum(answer.tokens for answer in self._answers.values())),
+                    usage=self._usage(output, sum(len(answer.token_ids) for answer in self._answers.values())),
                     report=output.report,
                     prompt_token_ids=tuple(output.prompt_token_ids),
                     warnings=self._turn.warnings if self._turn else (),
@@ -82,19 +82,18 @@ class AnswerReader:
         if answer.done:  # vLLM repeats the last output of an answer that ends before its siblings
             return ChatDelta(index=new.index)
         answer.done = new.finish_reason is not None
-        answer.tokens += len(new.token_ids)
+        answer.token_ids += new.token_ids
         answer.raw += new.text
         parsed = Parsed(text=new.text)
         if self._turn is not None:
             parsed = self._turn.delta(new.index, new.text, new.token_ids, answer.done)
-        calls = tuple(self._identified(call, answer.calls) for call in self._allowed(parsed.tool_calls))
-        answer.plain = answer.plain and not (parsed.reasoning or calls)
-        text = parsed.text
-        answer.text += text
-        if answer.done and answer.plain and answer.raw.startswith(answer.text):
-            # Parsers hold back what may become a call, and some never let go of it.
-            rest = answer.raw[len(answer.text) :]
-            text, answer.text = text + rest, answer.raw
+        answer.plain = answer.plain and not (parsed.reasoning or parsed.tool_calls)
+        answer.text += parsed.text
+        text, found = parsed.text, parsed.tool_calls
+        if answer.done and answer.plain:
+            rest, found = self._rest(answer)
+            text += rest
+        calls = tuple(self._identified(call, answer.calls) for call in self._allowed(found))
         return ChatDelta(
             index=new.index,
             text=text,
@@ -103,6 +102,14 @@ class AnswerReader:
             logprobs=tuple(self._logprobs(new) or ()),
             finish_reason=_reason(new.finish_reason, bool(answer.calls)) if answer.done else None,
         )
+
+    def _rest(self, answer: _Answer) -> tuple[str, tuple[ToolCallDelta, ...]]:
+        """What a parser did not let go of: text that could have become a call, or calls it can't stream."""
+        whole = Parsed(text=answer.raw)
+        if self._turn is not None:
+            whole = self._turn.whole(answer.raw, answer.token_ids)
+        due = whole.text if whole.tool_calls or whole.reasoning else answer.raw
+        return due[len(answer.text) :] if due.startswith(answer.text) else "", whole.tool_calls
 
     def _generation(self, whole: CompletionOutput) -> Generation:
         parsed = Parsed(text=whole.text)

@@ -233,7 +233,7 @@ class Chat:
                     output = await asyncio.wait_for(_next(outputs), left) if end else await _next(outputs)
                 except StopAsyncIteration:
                     return
-                except asyncio.TimeoutError:
+                except TimeoutError:
                     raise RequestTimeout(f"The request took longer than {bound:g} seconds and was stopped.") from None
                 yield output
         finally:

@@ -52,7 +52,9 @@ def test_complete_and_stream_agree():
     assert deltas[-1].report.prompt_tokens == len(deltas[-1].prompt_token_ids)
 
 
-@pytest.mark.parametrize("answer", ["<tool_", "a <", "a <tool_call> b", "a <tool_call>{broken}</tool_call>", "\n\n", "x\n"])
+@pytest.mark.parametrize(
+    "answer", ["<tool_", "a <", "a <tool_call> b", "a <tool_call>{broken}</tool_call>", "\n\n", "x\n"]
+)
 @pytest.mark.parametrize("tools", [(), (SEARCH,)])
 def test_no_text_is_lost_or_repeated(answer, tools):
     talker, _ = chat(answer)

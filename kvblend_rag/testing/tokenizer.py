@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _PIECES = re.compile(
-    r"<\|im_start\|>|<\|im_end\|>|</?think>|</?tool_call>"
+    r"<\|\w+\|>|</?think>|</?tool_call>"
     r"|[.!?]+\n+|\n+| ?\w+| ?[^\w\s]| +(?= )|\s"
 )
 """A full stop and the newlines behind it are one token, a space belongs to the word behind it: as in
@@ -62,7 +62,7 @@ class WordTokenizer:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         pieces = [self._texts.get(int(token), "\ufffd") for token in ids]
         if skip_special_tokens:
-            pieces = [piece for piece in pieces if not piece.startswith("<|im_")]
+            pieces = [piece for piece in pieces if not (piece.startswith("<|") and piece.endswith("|>"))]
         text = "".join(pieces)
         return text[1:] if self._dummy_space and text.startswith(" ") else text
 
