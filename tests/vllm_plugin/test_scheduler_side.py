@@ -1,0 +1,247 @@
+"""The scheduler's side without an engine: what is claimed, planned and reported, on vLLM's own requests."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.request import Request
+
+from kvblend_rag.blend.chunk import chunk_key, namespace
+from kvblend_rag.config import BlendConfig
+from kvblend_rag.store import open_catalogue
+from kvblend_rag.vllm_plugin.metadata import Handshake, Outcome, StepOutcome
+from kvblend_rag.vllm_plugin.scheduler_side import SchedulerSide
+
+BLOCK, CONTEXT = 16, tuple(range(32))
+RNG = np.random.default_rng(0)
+CHUNK, HEADER, QUESTION = (RNG.integers(100, 10_000, size).astype(np.int32) for size in (80, 20, 30))
+PROMPT = np.concatenate([HEADER, CHUNK, QUESTION])
+SPACE = namespace("model", CONTEXT)
+KEY = chunk_key(SPACE, CHUNK)
+
+
+@pytest.fixture
+def side(tmp_path):
+    config = BlendConfig(store_path=str(tmp_path), selector="first", recompute_ratio=0.25)
+    vllm_config = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=config.connector_settings()),
+        cache_config=SimpleNamespace(block_size=BLOCK, hash_block_size=None),
+    )
+    with_chunk = open_catalogue(config)
+    with_chunk.hold("", [KEY], "")
+    with_chunk.add(KEY, SPACE, CHUNK, 0, 1, 1000)
+    with_chunk.close()
+    side = SchedulerSide(vllm_config)
+    side.learn([Handshake("model", CONTEXT, None, 0, 1)])
+    yield side
+    side.close()
+
+
+@pytest.fixture(scope="module")
+def hasher():
+    init_none_hash(sha256)
+    return get_request_block_hasher(BLOCK, sha256)
+
+
+@pytest.fixture
+def make(hasher):
+    def make(tokens=PROMPT, name="r", parameters=None, **sampling):
+        extra = None if parameters is None else {"kv_transfer_params": {"kvblend": parameters}}
+        params = SamplingParams(max_tokens=10, extra_args=extra, **sampling)
+        return Request(name, [int(token) for token in tokens], params, None, block_hasher=hasher)
+
+    return make
+
+
+def step(**scheduled):
+    """A scheduler's step: (tokens computed before, tokens in this step) by new request."""
+    return SimpleNamespace(
+        scheduled_new_reqs=[SimpleNamespace(req_id=n, num_computed_tokens=c) for n, (c, _) in scheduled.items()],
+        scheduled_cached_reqs=SimpleNamespace(req_ids=[], num_computed_tokens=[], new_block_ids=[]),
+        num_scheduled_tokens={name: count for name, (_, count) in scheduled.items()},
+    )
+
+
+def report(side, request):
+    return side.finished(request)["kvblend"]
+
+
+def test_a_request_is_matched_claimed_and_blended(side, make):
+    request = make()
+    side.arrived(request)
+    assert side.claim(request, 0) == len(PROMPT) - 1
+    side.admitted(request, list(range(1, 10)), len(PROMPT) - 1)
+    (job,) = side.step(step(r=(len(PROMPT) - 1, 1))).blends
+    assert (job.first, job.block_ids) == (0, tuple(range(1, 10)))
+    assert [(run.key, run.start, run.length) for run in job.plan.runs] == [(KEY, 20, 80)]
+    side.worker_reported(StepOutcome({"r": Outcome(recomputed=((20, 40),), tiers={KEY: "disk"})}))
+    found = report(side, request)
+    assert (found["reused_tokens"], found["recomputed_tokens"], found["computed_tokens"]) == (60, 20, 50)
+    assert found["blended"]
+    assert found["reason"] is None
+    assert found["chunks"][0]["tier"] == "disk"
+
+
+def test_a_request_that_ends_with_its_first_token_is_reported_too(side, make):
+    """It is answered before the workers' account is read, and sent after."""
+    request = make()
+    side.arrived(request)
+    side.claim(request, 0)
+    side.admitted(request, list(range(1, 10)), len(PROMPT) - 1)
+    side.step(step(r=(len(PROMPT) - 1, 1)))
+    answer = side.finished(request)
+    side.worker_reported(StepOutcome({"r": Outcome(recomputed=((20, 40),))}))
+    assert answer["kvblend"]["recomputed_tokens"] == 20
+
+
+def test_a_fallback_is_no_blend(side, make):
+    request = make()
+    side.arrived(request)
+    side.claim(request, 0)
+    side.admitted(request, list(range(1, 10)), len(PROMPT) - 1)
+    side.step(step(r=(len(PROMPT) - 1, 1)))
+    side.worker_reported(StepOutcome({"r": Outcome(fallback="it is gone")}))
+    found = report(side, request)
+    assert (found["blended"], found["reason"]) == (False, "it is gone")
+    assert (found["reused_tokens"], found["computed_tokens"]) == (0, len(PROMPT))
+
+
+@pytest.mark.parametrize(
+    ("cached", "claimed"),
+    [(0, 129), (16, 113), (48, 81), (64, 65), (96, 0), (128, 0)],
+    ids=str,
+)
+def test_what_is_claimed_behind_a_prefix_cache_hit(side, make, cached, claimed):
+    """Behind 96 tokens, 4 of the chunk are left: too few to reuse."""
+    request = make()
+    side.arrived(request)
+    assert side.claim(request, cached) == claimed
+
+
+def test_asking_again_changes_nothing(side, make):
+    request = make()
+    side.arrived(request)
+    first = side.claim(request, 0)
+    hashes = list(request.block_hashes)
+    assert side.claim(request, 0) == first
+    assert request.block_hashes == hashes
+
+
+def test_the_same_prompt_later_looks_again_under_its_private_hashes(side, make):
+    for name in ("one", "two"):
+        request = make(name=name)
+        side.arrived(request)
+        claims = [side.claim(request, 0), side.claim(request, 0)]
+        assert claims == ([129, 129] if name == "one" else [None, 129])
+
+
+def test_after_a_preemption_the_report_still_tells_of_the_blend(side, make):
+    request = make()
+    side.arrived(request)
+    side.claim(request, 0)
+    side.admitted(request, list(range(1, 10)), len(PROMPT) - 1)
+    side.step(step(r=(len(PROMPT) - 1, 1)))
+    side.worker_reported(StepOutcome({"r": Outcome(recomputed=((20, 40),))}))
+    request.num_preemptions = 1
+    assert side.claim(request, 128) == 0
+    side.admitted(request, list(range(1, 10)), 0)
+    found = report(side, request)
+    assert found["blended"]
+    assert found["reason"] is None
+    assert found["cached_tokens"] == 0
+    assert found["reused_tokens"] == 60
+
+
+def test_an_aborted_request_leaves_nothing(side, make):
+    request = make()
+    side.arrived(request)
+    side.claim(request, 0)
+    side.admitted(request, list(range(1, 10)), len(PROMPT) - 1)
+    side.finished(request)
+    assert side.step(step()).blends == []
+    side.worker_reported(StepOutcome({"r": Outcome()}))  # late, and of nobody any more
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sampling", "why"),
+    [
+        ({"blend": False}, {}, "asked for an ordinary prefill"),
+        ({"nonsense": 1}, {}, "no blending option"),
+        ([], {}, "must be a mapping"),
+        ({"ingest": {}}, {}, "must hold a key"),
+        ({"tenant": "b"}, {}, "holds no chunks"),
+        (None, {"prompt_logprobs": 1}, "prompt log-probabilities"),
+        (None, {"skip_reading_prefix_cache": True}, "skips the prefix cache"),
+    ],
+    ids=str,
+)
+def test_requests_that_are_not_blended_say_why_and_claim_nothing(side, make, parameters, sampling, why):
+    request, plain = make(parameters=parameters, **sampling), make()
+    side.arrived(request)
+    assert side.claim(request, 16) == 0
+    side.admitted(request, list(range(1, 10)), 0)
+    assert side.step(step(r=(16, 114))).blends == []
+    found = report(side, request)
+    assert why in found["reason"]
+    assert not found["blended"]
+    assert request.block_hashes == plain.block_hashes
+    assert found["computed_tokens"] + found["cached_tokens"] == len(PROMPT)
+
+
+def ingest(tokens, **changes):
+    return {"ingest": {"key": chunk_key(SPACE, tokens), "namespace": SPACE, "start": len(CONTEXT), **changes}}
+
+
+def test_a_chunk_is_saved_in_the_step_that_completes_it(side, make):
+    request = make([*CONTEXT, *CHUNK], parameters=ingest(CHUNK))
+    side.arrived(request)
+    assert side.claim(request, 32) == 0
+    side.admitted(request, [4, 5, 6, 7, 8], 0)
+    assert side.step(step(r=(32, 40))).saves == []
+    (job,) = side.step(step(r=(72, 40))).saves
+    assert (job.key, job.start, job.stop, job.block_ids) == (KEY, 32, 112, (4, 5, 6, 7, 8))
+    assert side.step(step()).saves == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parameters"),
+    [
+        ([*CONTEXT, *CHUNK], ingest(CHUNK, key="0" * 32)),
+        ([*CONTEXT, *CHUNK], ingest(CHUNK, namespace="0" * 32)),
+        ([*CONTEXT, *CHUNK], ingest(CHUNK, start=31)),
+        ([*CONTEXT[1:], 5, *CHUNK], ingest(CHUNK)),
+        (CHUNK, ingest(CHUNK, start=0)),
+        (CONTEXT, ingest(np.zeros(0, np.int32))),
+        (CHUNK, ingest(np.zeros(0, np.int32), start=500)),
+    ],
+    ids=["key", "namespace", "start", "context", "no context", "empty", "behind the end"],
+)
+def test_what_is_not_a_chunk_behind_the_ingest_context_is_not_saved(side, make, tokens, parameters):
+    request = make(tokens, parameters=parameters)
+    side.arrived(request)
+    side.claim(request, 0)
+    side.admitted(request, list(range(1, 10)), 0)
+    assert side.step(step(r=(0, len(tokens)))).saves == []
+    assert "nothing was stored" in report(side, request)["reason"]
+
+
+def test_without_a_handshake_or_with_a_refusal_nothing_is_blended(tmp_path, make):
+    config = BlendConfig(store_path=str(tmp_path))
+    vllm_config = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=config.connector_settings()),
+        cache_config=SimpleNamespace(block_size=BLOCK, hash_block_size=None),
+    )
+    for handshakes, why in (([], "workers did not report"), ([Handshake("", (), "it is odd", 0, 1)], "it is odd")):
+        side = SchedulerSide(vllm_config)
+        side.learn(handshakes)
+        request = make()
+        side.arrived(request)
+        assert side.claim(request, 0) == 0
+        assert why in report(side, request)["reason"]
+        side.close()
