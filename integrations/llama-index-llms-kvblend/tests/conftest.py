@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from kvblend_rag import KVBlend
-from kvblend_rag.demo.library import load_documents
-from kvblend_rag.testing import fake_kvblend
 from llama_index.core import Settings
 from llama_index.core.embeddings import BaseEmbedding
 from llama_index.core.schema import Document
+
+from kvblend_rag import KVBlend
+from kvblend_rag.demo.library import load_documents
+from kvblend_rag.testing import fake_kvblend
 
 _QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 
 from llama_index.llms.kvblend import KVBlendLLM
@@ -31,7 +32,7 @@ async def test_two_coroutines_stream_at_once(kv_of) -> None:
     assert first == LONG
     assert second == LONG.replace("word", "other")
     assert kv.engine.peak == 2
-    assert sum(a != b for a, b in zip(order, order[1:], strict=False)) > 10, "one waited for the other"
+    assert sum(a != b for a, b in itertools.pairwise(order)) > 10, "one waited for the other"
 
 
 async def test_a_cancelled_stream_frees_its_request(kv_of) -> None:

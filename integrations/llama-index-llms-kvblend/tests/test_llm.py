@@ -3,9 +3,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from kvblend_rag.errors import ConfigError, PromptTooLong, RequestTimeout
-from kvblend_rag.report import BlendReport
-from kvblend_rag.testing import WordTokenizer
 from llama_index.core.base.llms.types import (
     CachePoint,
     ChatMessage,
@@ -16,9 +13,12 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 from llama_index.core.prompts import PromptTemplate
-
 from llama_index.llms.kvblend import KVBlendLLM
 from llama_index.llms.kvblend.messages import as_openai
+
+from kvblend_rag.errors import ConfigError, PromptTooLong, RequestTimeout
+from kvblend_rag.report import BlendReport
+from kvblend_rag.testing import WordTokenizer
 
 ANSWER = "The drum turns. It stops at noon."
 HELLO = [ChatMessage(role="system", content="Be brief."), ChatMessage(role="user", content="Does it turn?")]
@@ -213,23 +213,50 @@ def test_reasoning(kv_of) -> None:
     [
         (ChatMessage(role="chatbot", content="a"), {"role": "assistant", "content": "a"}),
         (ChatMessage(role="model", content="a"), {"role": "assistant", "content": "a"}),
-        (ChatMessage(role="user", blocks=[TextBlock(text="a"), CachePoint(cache_control={"type": "ephemeral"})]),
-         {"role": "user", "content": "a"}),
-        (ChatMessage(role="user", blocks=[TextBlock(text="a"), TextBlock(text="b")]),
-         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}),
-        (ChatMessage(role="assistant", blocks=[ToolCallBlock(tool_call_id="1", tool_name="f", tool_kwargs={"x": 1})]),
-         {"role": "assistant", "content": [],
-          "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}),
-        (ChatMessage(role="assistant", content="", additional_kwargs={
-            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}),
-         {"role": "assistant", "content": "",
-          "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}),
-        (ChatMessage(role="tool", content="r", additional_kwargs={"tool_call_id": "1", "name": "f"}),
-         {"role": "tool", "content": "r", "tool_call_id": "1", "name": "f"}),
-        (ChatMessage(role="function", content="r", additional_kwargs={"name": "f"}),
-         {"role": "tool", "content": "r", "name": "f"}),
-        (ChatMessage(role="assistant", blocks=[ThinkingBlock(content="hm"), TextBlock(text="a")]),
-         {"role": "assistant", "content": "a", "reasoning_content": "hm"}),
+        (
+            ChatMessage(role="user", blocks=[TextBlock(text="a"), CachePoint(cache_control={"type": "ephemeral"})]),
+            {"role": "user", "content": "a"},
+        ),
+        (
+            ChatMessage(role="user", blocks=[TextBlock(text="a"), TextBlock(text="b")]),
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        ),
+        (
+            ChatMessage(
+                role="assistant", blocks=[ToolCallBlock(tool_call_id="1", tool_name="f", tool_kwargs={"x": 1})]
+            ),
+            {
+                "role": "assistant",
+                "content": [],
+                "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+            },
+        ),
+        (
+            ChatMessage(
+                role="assistant",
+                content="",
+                additional_kwargs={
+                    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+                },
+            ),
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+            },
+        ),
+        (
+            ChatMessage(role="tool", content="r", additional_kwargs={"tool_call_id": "1", "name": "f"}),
+            {"role": "tool", "content": "r", "tool_call_id": "1", "name": "f"},
+        ),
+        (
+            ChatMessage(role="function", content="r", additional_kwargs={"name": "f"}),
+            {"role": "tool", "content": "r", "name": "f"},
+        ),
+        (
+            ChatMessage(role="assistant", blocks=[ThinkingBlock(content="hm"), TextBlock(text="a")]),
+            {"role": "assistant", "content": "a", "reasoning_content": "hm"},
+        ),
     ],
 )
 def test_messages_of_every_form(message, expected) -> None:
@@ -268,4 +295,5 @@ def test_dictionary_of_the_model_holds_its_settings(kv_of) -> None:
     llm = KVBlendLLM(kv=kv_of(), temperature=0, max_tokens=5)
     assert llm.to_dict()["class_name"] == "KVBlendLLM"
     assert llm.to_dict()["max_tokens"] == 5
-    assert llm.to_payload() == {"class_name": "KVBlendLLM", "model_name": "fake-model", "temperature": 0, "max_tokens": 5}
+    known = {"class_name": "KVBlendLLM", "model_name": "fake-model", "temperature": 0, "max_tokens": 5}
+    assert llm.to_payload() == known

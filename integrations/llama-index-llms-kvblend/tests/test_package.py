@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import llama_index.llms.kvblend as package
 import pytest
+from llama_index.llms.kvblend import KVBlendLLM
+
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import ConfigError, EngineUnavailable
-
-import llama_index.llms.kvblend as package
-from llama_index.llms.kvblend import KVBlendLLM
 
 ROOT = Path(__file__).parents[1]
 

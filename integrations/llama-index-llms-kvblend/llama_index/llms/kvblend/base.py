@@ -8,12 +8,6 @@ from contextlib import aclosing, closing
 from pathlib import Path
 from typing import Any, cast
 
-from kvblend_rag.chat import Chat
-from kvblend_rag.config import BlendConfig
-from kvblend_rag.errors import ConfigError
-from kvblend_rag.kvblend import KVBlend
-from kvblend_rag.shared import release_handle, shared_handle
-from kvblend_rag.turn import ChatDelta
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -26,13 +20,23 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
     MessageRole,
 )
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr
 from llama_index.core.constants import DEFAULT_NUM_OUTPUTS
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
+from llama_index.core.program.utils import get_program_for_llm
+from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools.types import BaseTool
+from llama_index.core.types import BasePydanticProgram, PydanticProgramMode
 from llama_index.llms.kvblend.messages import Answer, as_conversation, openai_tools, tool_selections
+
+from kvblend_rag.chat import Chat
+from kvblend_rag.config import BlendConfig
+from kvblend_rag.errors import ConfigError
+from kvblend_rag.kvblend import KVBlend
+from kvblend_rag.shared import release_handle, shared_handle
+from kvblend_rag.turn import ChatDelta
 
 _OWN_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "max_tokens")
 _OF_A_TURN = ("tools", "tool_choice", "parallel_tool_calls", "template", "blend", "timeout")
@@ -237,9 +241,7 @@ class KVBlendLLM(FunctionCallingLLM):
         return Answer.of(self._name, result).completion()
 
     @llm_completion_callback()
-    async def astream_complete(
-        self, prompt: str, formatted: bool = False, **kwargs: Any
-    ) -> CompletionResponseAsyncGen:
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """See ``stream_complete``."""
         text = await asyncio.to_thread(self._as_formatted, prompt, formatted)
         if text is None:
@@ -287,6 +289,35 @@ class KVBlendLLM(FunctionCallingLLM):
         if not selected and error_on_no_tool_call:
             raise ValueError(f"Expected at least one tool call, but the answer is: {response.message.content!r}")
         return selected
+
+    def _structured_stream_call(
+        self,
+        output_cls: type[BaseModel],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Any:
+        program = self._streaming_program(output_cls, prompt)
+        return program.stream_call(llm_kwargs=llm_kwargs, **prompt_args)
+
+    async def _structured_astream_call(
+        self,
+        output_cls: type[BaseModel],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Any:
+        program = self._streaming_program(output_cls, prompt)
+        return await program.astream_call(llm_kwargs=llm_kwargs, **prompt_args)
+
+    def _streaming_program(self, output_cls: type[BaseModel], prompt: PromptTemplate) -> BasePydanticProgram[Any]:
+        """LlamaIndex requires the tool's call when it does not stream, and forgets to when it does."""
+        calls = self.metadata.is_function_calling_model and self.pydantic_program_mode in (
+            PydanticProgramMode.DEFAULT,
+            PydanticProgramMode.FUNCTION,
+        )
+        forced = {"tool_choice": "required"} if calls else {}
+        return get_program_for_llm(output_cls, prompt, self, self.pydantic_program_mode, **forced)
 
     @property
     def _chats(self) -> Chat:
@@ -339,7 +370,9 @@ class KVBlendLLM(FunctionCallingLLM):
 
 
 def _configured(
-    model: str | None, config: str | Path | Mapping[str, Any] | BlendConfig | None, engine_args: Mapping[str, Any] | None
+    model: str | None,
+    config: str | Path | Mapping[str, Any] | BlendConfig | None,
+    engine_args: Mapping[str, Any] | None,
 ) -> BlendConfig:
     settings: dict[str, Any] = dict(config) if isinstance(config, Mapping) else {}
     if model is not None:

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kvblend_rag.documents import DocumentUse, which_found
-from kvblend_rag.kvblend import KVBlend
 from llama_index.core.base.llms.types import ChatResponse, CompletionResponse
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.instrumentation import get_dispatcher
@@ -16,6 +14,9 @@ from llama_index.core.instrumentation.events.llm import LLMChatEndEvent, LLMComp
 from llama_index.core.schema import BaseNode, NodeWithScore
 from llama_index.llms.kvblend.base import KVBlendLLM
 from llama_index.llms.kvblend.nodes import handle_of, prompt_text
+
+from kvblend_rag.documents import DocumentUse, which_found
+from kvblend_rag.kvblend import KVBlend
 
 Response = ChatResponse | CompletionResponse
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kvblend_rag.turn import ChatDelta, ChatResult, TokenLogprob, ToolCall
 from llama_index.core.base.llms.types import (
     CachePoint,
     ChatMessage,
@@ -20,6 +19,8 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.llms.utils import parse_partial_json
+
+from kvblend_rag.turn import ChatDelta, ChatResult, TokenLogprob, ToolCall
 
 _ROLES = {
     MessageRole.FUNCTION: "tool",

@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from kvblend_rag.kvblend import KVBlend
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
+
+from kvblend_rag.kvblend import KVBlend
 
 if TYPE_CHECKING:
     from llama_index.llms.kvblend.base import KVBlendLLM

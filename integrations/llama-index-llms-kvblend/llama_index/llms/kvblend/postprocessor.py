@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from kvblend_rag.documents import DocumentSync
-from kvblend_rag.kvblend import KVBlend
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.llms.kvblend.base import KVBlendLLM
 from llama_index.llms.kvblend.nodes import handle_of, prompt_text
+
+from kvblend_rag.documents import DocumentSync
+from kvblend_rag.kvblend import KVBlend
 
 
 class KVBlendPrefetch(BaseNodePostprocessor):

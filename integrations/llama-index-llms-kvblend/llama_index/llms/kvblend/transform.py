@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from kvblend_rag.documents import DocumentSync
-from kvblend_rag.kvblend import KVBlend
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import BaseNode, TransformComponent
 from llama_index.llms.kvblend.base import KVBlendLLM
 from llama_index.llms.kvblend.nodes import NodeIds, handle_of, prompt_text
+
+from kvblend_rag.documents import DocumentSync
+from kvblend_rag.kvblend import KVBlend
 
 
 class KVBlendTransform(TransformComponent):

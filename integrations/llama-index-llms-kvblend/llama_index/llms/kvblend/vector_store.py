@@ -11,10 +11,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import fsspec
-from kvblend_rag.documents import DocumentSync
-from kvblend_rag.errors import ConfigError, KVBlendError
-from kvblend_rag.ingest import IngestReport
-from kvblend_rag.kvblend import KVBlend
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import BaseNode, Document
 from llama_index.core.storage.docstore.types import BaseDocumentStore
@@ -28,6 +24,11 @@ from llama_index.core.vector_stores.types import (
 )
 from llama_index.llms.kvblend.base import KVBlendLLM
 from llama_index.llms.kvblend.nodes import NodeIds, handle_of, prompt_text
+
+from kvblend_rag.documents import DocumentSync
+from kvblend_rag.errors import ConfigError, KVBlendError
+from kvblend_rag.ingest import IngestReport
+from kvblend_rag.kvblend import KVBlend
 
 
 class KVBlendVectorStore(BasePydanticVectorStore):
@@ -149,7 +150,7 @@ class KVBlendVectorStore(BasePydanticVectorStore):
             source = self._docstore
         if source is None:
             raise ConfigError(
-                f"{type(self._store).__name__} can't list its nodes: give adopt() the index, its docstore, or the nodes."
+                f"{type(self._store).__name__} can't list its nodes: give adopt() the index, its docstore or the nodes."
             )
         docstore = getattr(source, "docstore", source)
         found = list(docstore.docs.values() if isinstance(docstore, BaseDocumentStore) else docstore)
@@ -218,13 +219,16 @@ class KVBlendVectorStore(BasePydanticVectorStore):
             self._doomed.update(self._ids.all())
         self._let_go()
 
-    def _let_go(self) -> None:
+    def _let_go(self, start: bool = True) -> None:
         with self._lock:
             doomed = sorted(self._doomed)
             self._doomed.clear()
             self._ids.forget(doomed)
-        if doomed:
+        if doomed and (start or self._sync.kv.started):
             self._sync.delete(doomed)
+        elif doomed:  # nobody holds their chunks any more: the store's upkeep takes them
+            for each in doomed:
+                self._sync.kv.catalogue.release(each, self._sync.kv.config.tenant)
 
     # Querying
 
@@ -289,7 +293,7 @@ class KVBlendVectorStore(BasePydanticVectorStore):
 
     def close(self) -> None:
         """Flush, and end the background thread; a second call does nothing. The wrapped store stays open."""
-        self._let_go()
+        self._let_go(start=False)
         self._sync.close()
         _open_stores.discard(self)
 
