@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from kvblend_rag.errors import ConfigError
@@ -59,8 +60,8 @@ def sampling_params(
                 **settings.extra,
             }
         )
-    except (TypeError, ValueError) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
+    except (TypeError, ValueError, VLLMValidationError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0].split(" (parameter=")[0]
         raise ConfigError(f"vLLM does not accept the sampling settings: {line}") from error
 
 
