@@ -52,10 +52,21 @@ def question_attention(
     masses = torch.zeros(2, plan.prompt_tokens, device=paged.device)
     for layer in layers:
         queries = torch.cat(taps.queries[layer.name])[asked]
-        keys, _ = paged.read(layer, job.block_ids, plan.prompt_tokens)
-        masses += _attention(queries, query_positions, keys, float(layer.module.impl.scale))
+        masses += _layer_masses(queries, query_positions, layer, job, paged)
     question_mass, last_mass = sum_over_ranks(masses[:, reused]) / len(layers)
     return {"question_mass": question_mass, "last_mass": last_mass}, len(positions)
+
+
+def _layer_masses(
+    queries: torch.Tensor, query_positions: torch.Tensor, layer: AttentionLayer, job: BlendJob, paged: PagedKV
+) -> torch.Tensor:
+    """(2, prompt tokens) float32, as ``_attention``, of the keys of one layer's cache."""
+    scale, keys = float(layer.module.impl.scale), job.plan.prompt_tokens
+    if paged.device.type == "cuda" and paged.token_rows:
+        from kvblend_rag.kernels.column_mass import column_mass
+
+        return column_mass(queries, query_positions, layer.cache, paged.table(job.block_ids, keys), keys, scale)
+    return _attention(queries, query_positions, paged.read(layer, job.block_ids, keys)[0], scale)
 
 
 def _attention(queries: torch.Tensor, query_positions: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:

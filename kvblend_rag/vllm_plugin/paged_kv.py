@@ -47,6 +47,10 @@ class PagedKV:
         self.heads, self._rows, self.head_dim = cache.shape[1], cache.shape[2], cache.shape[3] // 2
         self.dtype, self.device = cache.dtype, cache.device
         self._keys_at, self._values_at = self._learn_layout(self.layers[0])
+        row = torch.arange(self._rows, device=self.device)[:, None] * 2 * self.head_dim
+        plain = row + torch.arange(self.head_dim, device=self.device)[None, :]
+        self.token_rows = torch.equal(self._keys_at, plain) and torch.equal(self._values_at, plain + self.head_dim)
+        """Whether a token's keys and values lie side by side in the cache's last dimension, as kernels want it."""
 
     def slots(self, block_ids: Sequence[int], positions: torch.Tensor) -> torch.Tensor:
         """(tokens,) int64 slot of each position of a request, given its block ids."""
@@ -57,20 +61,15 @@ class PagedKV:
         """Put keys and values, each (tokens, kv_heads, head_dim), into a layer's slots."""
         layer.module.impl.do_kv_cache_update(layer.module, keys.contiguous(), values.contiguous(), layer.cache, slots)
 
-    @property
-    def token_rows(self) -> bool:
-        """Whether a token's keys and values lie side by side in the cache's last dimension."""
-        row = torch.arange(self._rows, device=self.device)[:, None] * 2 * self.head_dim
-        column = torch.arange(self.head_dim, device=self.device)[None, :]
-        plain = row + column
-        return torch.equal(self._keys_at, plain) and torch.equal(self._values_at, plain + self.head_dim)
+    def table(self, block_ids: Sequence[int], tokens: int) -> torch.Tensor:
+        """(blocks,) int32: the cache's blocks that hold a request's first tokens, smaller than vLLM's on some."""
+        per_block = self.block_size // self._rows
+        blocks = torch.as_tensor(block_ids[: -(-tokens // self.block_size)], dtype=torch.int32)
+        return (blocks[:, None] * per_block + torch.arange(per_block, dtype=torch.int32)).flatten().to(self.device)
 
     def read(self, layer: AttentionLayer, block_ids: Sequence[int], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a request's first tokens, each (tokens, kv_heads, head_dim), out of a layer."""
-        per_block = self.block_size // self._rows
-        blocks = torch.as_tensor(block_ids[: -(-tokens // self.block_size)], dtype=torch.int64)
-        kernel_blocks = (blocks[:, None] * per_block + torch.arange(per_block)).flatten().to(self.device)
-        inside = self._flat(layer.cache[kernel_blocks])
+        inside = self._flat(layer.cache[self.table(block_ids, tokens).long()])
 
         def gather(at: torch.Tensor) -> torch.Tensor:
             everything = inside[:, :, at.flatten()].unflatten(2, at.shape)  # (blocks, heads, rows, dim)

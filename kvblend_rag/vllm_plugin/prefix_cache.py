@@ -16,33 +16,35 @@ from vllm.v1.request import Request, RequestStatus
 
 
 def isolate(request: Request, block: int, digest: str) -> None:
-    """Make the request's hashes private from block ``block`` on; a second call with the same is harmless."""
-    plain = getattr(request._block_hasher, "plain", request._block_hasher)
+    """Make the request's hashes private from block ``block`` on."""
+    plain = request._block_hasher
     if plain is None:  # prefix caching is off
         return
+    # Each plain hash stands for all tokens up to its block's end, so mixing the digest in is enough; hashing the
+    # prompt's chain again would cost as much as vLLM's own hashing of it.
+    request.block_hashes[block:] = [_mixed(each, digest) for each in request.block_hashes[block:]]
     request._block_hasher = _PrivateHasher(plain, block, digest)
-    del request.block_hashes[block:]
-    request.update_block_hashes()
 
 
 class _PrivateHasher:
-    """vLLM's block hasher, with a digest mixed into one block of the chain."""
+    """vLLM's block hasher for the blocks that are filled later, the first of which may be the first private one."""
 
     def __init__(self, plain: Any, block: int, digest: str) -> None:
-        self.plain, self._block, self._digest = plain, block, digest.encode()
+        self._plain, self._block, self._digest = plain, block, digest
 
     def __call__(self, request: Request) -> list[Any]:
         start = len(request.block_hashes)
-        fresh: list[Any] = self.plain(request)
-        if not start <= self._block < start + len(fresh):
-            return fresh
-        at = self._block - start
-        head = [*fresh[:at], hashlib.sha256(fresh[at] + self._digest).digest()]
-        # What follows must chain from the private hash, and the plain hasher chains from the request's last.
-        request.block_hashes.extend(head)
-        rest = self.plain(request)
-        del request.block_hashes[start:]
-        return head + rest
+        fresh: list[Any] = self._plain(request)
+        # Behind a private hash the chain is private by itself.
+        return (
+            fresh
+            if start > self._block
+            else [_mixed(h, self._digest) if start + i >= self._block else h for i, h in enumerate(fresh)]
+        )
+
+
+def _mixed(block_hash: bytes, digest: str) -> Any:
+    return hashlib.blake2b(block_hash, digest_size=32, key=digest.encode()).digest()
 
 
 def still_computing(request: Request, hit_blocks: int, block_size: int, others: Iterable[Request]) -> bool:

@@ -1,37 +1,58 @@
 """StreamLoader: page-locked host memory → staging ring → paged cache, on streams of its own.
 
 Copies go through the DMA engines in one driver call a batch (``ops.swap_blocks_batch``, cuMemcpyBatchAsync);
-a fused kernel rotates and scatters. The compute stream waits layer by layer, so that the copy of layer
-l + 1 hides behind the computation of layer l.
+a fused kernel rotates and scatters. Layers are sent off a few ahead of the one that is waited for, so that
+neither the copies nor the host time to launch them stand in front of the computation.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from vllm import _custom_ops as ops
 
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.kernels.rotate_scatter import rotate_scatter
-from kvblend_rag.vllm_plugin.loader import Chunks, Loader, Turns
+from kvblend_rag.vllm_plugin.loader import Chunks, Loader, Turn, Turns
 from kvblend_rag.vllm_plugin.paged_kv import PagedKV
 
-_SLOT_BYTES = 32 << 20
-"""Staged at a time: long enough a copy to run at full bandwidth."""
+_SLOT_BYTES = 128 << 20
+"""Staged at a time: a layer of 32,000 tokens of an 8B model."""
 
-_SLOTS = 4
+_SLOTS = 3
+
+_AHEAD = 4
+"""Layers that are sent off beyond the one waited for; the ring holds back those it has no room for."""
 
 
 @dataclass(frozen=True)
 class _Batch:
     """Runs whose chunks are staged together, the same for every layer."""
 
-    keys: tuple[str, ...]
-    first: int
-    """Index of the first of its reused tokens."""
-    stop: int
+    sources: torch.Tensor
+    """(chunks,) int64: host address of each chunk's first layer."""
+    steps: torch.Tensor
+    """(chunks,) int64: bytes from one layer to the next, which is also what is copied."""
+    offsets: torch.Tensor
+    """(chunks,) int64: where in a staging slot each goes, in bytes."""
+    tokens: slice
+    """Its part of the reused tokens."""
+
+
+@dataclass
+class _Load:
+    """A request on its way."""
+
+    batches: list[_Batch]
+    keys_at: torch.Tensor
+    values_at: torch.Tensor
+    slots: torch.Tensor
+    turns: list[Turn | None]
+    pinned: list[torch.Tensor]
+    ready: list[torch.cuda.Event] = field(default_factory=list)
+    """By layer that was sent off: recorded behind its scatter."""
 
 
 class StreamLoader(Loader):
@@ -39,12 +60,16 @@ class StreamLoader(Loader):
 
     def __init__(self, paged: PagedKV) -> None:
         self._paged = paged
-        self._copies, self._scatters = torch.cuda.Stream(), torch.cuda.Stream()
+        self._index = {layer.name: index for index, layer in enumerate(paged.layers)}
+        self._copies = torch.cuda.Stream()
+        # A scatter is short, and what waits for it is long.
+        self._scatters = torch.cuda.Stream(priority=-1)
         elements = _SLOT_BYTES // paged.dtype.itemsize
         self._ring = [torch.empty(elements, dtype=paged.dtype, device=paged.device) for _ in range(_SLOTS)]
         self._free = [torch.cuda.Event() for _ in range(_SLOTS)]
-        self._ready: dict[str, torch.cuda.Event] = {}
-        self._in_flight: deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = deque()
+        self._next = 0
+        self._load: _Load | None = None
+        self._in_flight: deque[_Load] = deque()
 
     def start(self, plan: BlendPlan, chunks: Chunks, slots: torch.Tensor, turns: Turns) -> None:
         """See :meth:`Loader.start`."""
@@ -52,29 +77,58 @@ class StreamLoader(Loader):
         # Chunks that didn't come from the memory tier are pageable: no asynchronous copy reads them.
         pinned = {key: kv if kv.is_pinned() else kv.pin_memory() for key, kv in chunks.items()}
         batches, keys_at, values_at = self._layout(plan, pinned)
-        keys_at, values_at = keys_at.to(self._paged.device), values_at.to(self._paged.device)
-        by_layer = [turns.of(layer.rotary) for layer in self._paged.layers]
+        self._load = _Load(
+            batches,
+            keys_at.to(self._paged.device),
+            values_at.to(self._paged.device),
+            slots,
+            [turns.of(layer.rotary) for layer in self._paged.layers],
+            list(pinned.values()),
+        )
+        self._in_flight.append(self._load)
         # What the tables are made of, and whoever used the blocks before, is ahead of us on this stream.
         self._scatters.wait_stream(torch.cuda.current_stream())
-        turn_of_ring = 0
-        for index, layer in enumerate(self._paged.layers):
-            turn = by_layer[index]
-            for batch in batches:
-                ring, free = self._ring[turn_of_ring], self._free[turn_of_ring]
-                turn_of_ring = (turn_of_ring + 1) % _SLOTS
+        self._send(_AHEAD)
+
+    def wait(self, layer_name: str) -> None:
+        """See :meth:`Loader.wait`."""
+        if self._load is not None:
+            index = self._index[layer_name]
+            self._send(index + 1 + _AHEAD)
+            torch.cuda.current_stream().wait_event(self._load.ready[index])
+
+    def wait_for_all(self) -> None:
+        """See :meth:`Loader.wait_for_all`."""
+        self.wait(self._paged.layers[-1].name)
+        self._load = None
+
+    def _send(self, layers: int) -> None:
+        """Have the first so many layers of the request on their way."""
+        load = self._load
+        assert load is not None
+        for index in range(len(load.ready), min(layers, len(self._paged.layers))):
+            layer, turn = self._paged.layers[index], load.turns[index]
+            for batch in load.batches:
+                ring, free = self._ring[self._next], self._free[self._next]
+                self._next = (self._next + 1) % _SLOTS
                 copied = torch.cuda.Event()
                 with torch.cuda.stream(self._copies):
                     self._copies.wait_event(free)
-                    _copy([pinned[key][index] for key in batch.keys], ring)
+                    ops.swap_blocks_batch(
+                        batch.sources + index * batch.steps,
+                        batch.offsets + ring.data_ptr(),
+                        batch.steps,
+                        is_src_access_order_any=True,
+                    )
                     copied.record()
-                part = slice(batch.first, batch.stop)
+                part = batch.tokens
                 with torch.cuda.stream(self._scatters):
                     self._scatters.wait_event(copied)
                     rotate_scatter(
                         ring,
-                        keys_at[part],
-                        values_at[part],
-                        slots[part],
+                        load.keys_at[part],
+                        load.values_at[part],
+                        load.slots[part],
                         None if turn is None else (turn[0][part], turn[1][part]),
                         layer.rotary is not None and layer.rotary.interleaved,
                         layer.cache,
@@ -83,45 +137,45 @@ class StreamLoader(Loader):
             with torch.cuda.stream(self._scatters):
                 ready = torch.cuda.Event()
                 ready.record()
-            self._ready[layer.name] = ready
-        tables = [keys_at, values_at, slots, *(each for turn in by_layer if turn is not None for each in turn)]
-        for table in tables:
-            table.record_stream(self._scatters)
-        self._in_flight.append((self._ready[self._paged.layers[-1].name], list(pinned.values())))
-
-    def wait(self, layer_name: str) -> None:
-        """See :meth:`Loader.wait`."""
-        ready = self._ready.get(layer_name)
-        if ready is not None:
-            torch.cuda.current_stream().wait_event(ready)
-
-    def wait_for_all(self) -> None:
-        """See :meth:`Loader.wait_for_all`."""
-        self.wait(self._paged.layers[-1].name)
+            load.ready.append(ready)
 
     def _layout(self, plan: BlendPlan, chunks: Chunks) -> tuple[list[_Batch], torch.Tensor, torch.Tensor]:
         """Batches, and the element offsets of each reused token's keys and values in a staging slot."""
-        room, row = self._ring[0].numel(), self._paged.heads * self._paged.head_dim
+        itemsize, row = self._paged.dtype.itemsize, self._paged.heads * self._paged.head_dim
+        room = self._ring[0].numel()
         batches: list[_Batch] = []
         keys_at, values_at = [], []
         staged: dict[str, int] = {}
-        used = first = token = 0
+        used = first = token = largest = 0
+
+        def close() -> None:
+            kvs = [chunks[key] for key in staged]
+            batches.append(
+                _Batch(
+                    torch.tensor([kv.data_ptr() for kv in kvs]),
+                    torch.tensor([kv[0].nbytes for kv in kvs]),
+                    torch.tensor([start * itemsize for start in staged.values()]),
+                    slice(first, token),
+                )
+            )
+
         for run in plan.runs:
             tokens = chunks[run.key].shape[2]
             size = 2 * tokens * row
-            if run.key not in staged and used + size > room and staged:
-                batches.append(_Batch(tuple(staged), first, token))
+            if run.key not in staged and staged and used + size > room:
+                close()
                 staged, used, first = {}, 0, token
             if run.key not in staged:
                 staged[run.key] = used
                 used += size
+                largest = max(largest, used)
             start = staged[run.key] + row * torch.arange(run.chunk_start, run.chunk_start + run.length)
             keys_at.append(start)
             values_at.append(start + row * tokens)
             token += run.length
-        batches.append(_Batch(tuple(staged), first, token))
-        if used > room:
-            self._grow(used)
+        close()
+        if largest > room:
+            self._grow(largest)
         return batches, torch.cat(keys_at), torch.cat(values_at)
 
     def _grow(self, elements: int) -> None:
@@ -130,21 +184,12 @@ class StreamLoader(Loader):
         self._ring = [torch.empty(elements, dtype=ring.dtype, device=ring.device) for ring in self._ring]
 
     def _let_go(self) -> None:
-        """Chunks whose copies are done need not be held any longer."""
-        while self._in_flight and self._in_flight[0][0].query():
+        """What loads that are done have held need not be held any longer."""
+        while self._in_flight:
+            done = self._in_flight[0]
+            if len(done.ready) < len(self._paged.layers) or not done.ready[-1].query():
+                return
             self._in_flight.popleft()
-
-
-def _copy(sources: list[torch.Tensor], target: torch.Tensor) -> None:
-    """Copy contiguous host tensors one behind another into a device buffer, in one driver call."""
-    sizes = torch.tensor([source.nbytes for source in sources], dtype=torch.int64)
-    starts = sizes.cumsum(0) - sizes + target.data_ptr()
-    ops.swap_blocks_batch(
-        torch.tensor([source.data_ptr() for source in sources], dtype=torch.int64),
-        starts,
-        sizes,
-        is_src_access_order_any=True,
-    )
 
 
 __all__ = ["StreamLoader"]
