@@ -215,13 +215,23 @@ class EngineModel(BaseModel):
 
     @property
     def _identity(self) -> dict[str, Any]:
-        """All that changes an answer."""
+        """All that changes an answer. In groups, because LangChain lays a call's arguments over these names, also
+        where a call only adds to what the model has."""
         settings = self._config.to_dict()
         if self.kv is not None and not self._config.model:
             info = self.kv.engine.info
             settings |= {"fingerprint": info.fingerprint, "dtype": info.dtype, "engine": info.version}
-        names = (*_SAMPLING, "model_kwargs", "blend")
-        return {"model": self.model, "settings": settings, **{name: getattr(self, name) for name in names}}
+        return {
+            "model": self.model,
+            "settings": settings,
+            "sampling": {name: getattr(self, name) for name in (*_SAMPLING, "model_kwargs")},
+            "request": {name: getattr(self, name) for name in self._request_fields()},
+        }
+
+    @classmethod
+    def _request_fields(cls) -> tuple[str, ...]:
+        """Fields, beside those of sampling, that change an answer."""
+        return ("blend",)
 
     def _options(self, stop: list[str] | None, given: Mapping[str, Any]) -> dict[str, Any]:
         """What ``Chat`` takes, of the model's fields and one call's arguments; the sampling settings among them.

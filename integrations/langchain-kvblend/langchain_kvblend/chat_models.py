@@ -59,6 +59,9 @@ class ChatKVBlend(EngineModel, BaseChatModel):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed on to the chat template, such as ``{"enable_thinking": False}``."""
 
+    parallel_tool_calls: bool = True
+    """False: at most one tool call an answer. Small models that must call a tool may not stop otherwise."""
+
     streaming: bool = False
     """Whether ``invoke`` streams too, for callbacks that want each token."""
 
@@ -97,8 +100,12 @@ class ChatKVBlend(EngineModel, BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        names = ("tool_parser", "reasoning_parser", "chat_template_kwargs", "output_version")
-        return {**self._identity, **{name: getattr(self, name) for name in names}}
+        return self._identity
+
+    @classmethod
+    def _request_fields(cls) -> tuple[str, ...]:
+        own = ("tool_parser", "reasoning_parser", "chat_template_kwargs", "parallel_tool_calls", "output_version")
+        return (*super()._request_fields(), *own)
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
@@ -117,7 +124,7 @@ class ChatKVBlend(EngineModel, BaseChatModel):
         if given.get("tools") is None:
             given.pop("tools", None)
         if given.get("parallel_tool_calls") is None:
-            given.pop("parallel_tool_calls", None)
+            given["parallel_tool_calls"] = self.parallel_tool_calls
         return self._retries(given), self._options(stop, given)
 
     # Answers

@@ -76,7 +76,7 @@ def reader_kv(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVBlend]:
     kv.close()
 
 
-def call(name: str, **arguments: Any) -> str:
+def call(name: str, /, **arguments: Any) -> str:
     """A tool call as a model writes it."""
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments}, ensure_ascii=False)}\n</tool_call>"
 

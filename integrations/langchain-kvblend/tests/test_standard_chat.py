@@ -75,7 +75,8 @@ class TestIntegration(Abilities, ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"kv": self._kv, "max_tokens": 32}
+        # The reader, a very small model, would call tools until its tokens are used up.
+        return {"kv": self._kv, "max_tokens": 48, "parallel_tool_calls": False}
 
     @property
     def supported_usage_metadata_details(self) -> Any:
@@ -83,7 +84,9 @@ class TestIntegration(Abilities, ChatModelIntegrationTests):
 
     def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
         llm = ChatKVBlend(kv=self._kv, temperature=0, max_tokens=4)
-        asked = f"Is the answer {'streamed' if stream else 'whole'}? " + "Think of the machine and its water tank. " * 20
+        asked = (
+            f"Is the answer {'streamed' if stream else 'whole'}? " + "Think of the machine and its water tank. " * 20
+        )
         self._ask(llm, asked, stream)
         again = self._ask(llm, asked, stream)
         assert again.usage_metadata["input_token_details"]["cache_read"] > 100
