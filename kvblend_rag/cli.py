@@ -1,0 +1,178 @@
+"""The command ``kvblend``: reads the arguments and hands over to one file a verb in ``commands``.
+
+Nothing heavy is imported here: help and the verbs that need no engine answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from kvblend_rag import __version__
+from kvblend_rag.commands import terminal
+from kvblend_rag.commands.session import EngineOptions
+from kvblend_rag.errors import KVBlendError
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        arguments: without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0, 1 when something was found not to be as it should, 2 for an error of use or of
+        the machine, 130 after Ctrl-C.
+    """
+    given = vars(_parser().parse_args(arguments))
+    if given.pop("takes_engine", False):
+        names = ("model", "store", "config", "eager", "verbose")
+        given["engine"] = EngineOptions(**{name: given.pop(name) for name in names})
+    module, function = given.pop("handler")
+    try:
+        terminal.hush(verbose="engine" in given and given["engine"].verbose)
+        run = getattr(importlib.import_module(f"kvblend_rag.commands.{module}"), function)
+        return int(run(**given) or 0)
+    except KVBlendError as error:
+        terminal.complain(str(error))
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        terminal.complain("Interrupted. What was stored stays stored; run it again to go on.")
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvblend",
+        description="Precomputed KV of document chunks, blended inside vLLM.",
+        epilog="Start with `kvblend demo`. Settings: KVBLEND_CONFIG_FILE, KVBLEND_* variables; see `kvblend config`.",
+    )
+    parser.add_argument("--version", action="version", version=f"kvblend {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    _ingest(verbs)
+    _ask(verbs)
+    _demo(verbs)
+    _verify(verbs)
+    _bench(verbs)
+    _store(verbs)
+    _config(verbs)
+    return parser
+
+
+def _verb(verbs: Any, name: str, help: str, handler: tuple[str, str], *, engine: bool = False) -> Any:
+    parser = verbs.add_parser(name, help=help, description=help)
+    parser.set_defaults(handler=handler)
+    if engine:
+        parser.set_defaults(takes_engine=True)
+        group = parser.add_argument_group("engine and store")
+        group.add_argument("--model", metavar="DIR|NAME", help="folder or hub name; the bundled reader when not given")
+        group.add_argument("--store", metavar="DIR", help="folder of the chunk store")
+        group.add_argument("--config", metavar="FILE", help="YAML file of settings")
+        group.add_argument("--eager", action="store_true", help="start faster: leave vLLM's compilation out")
+        group.add_argument("--verbose", action="store_true", help="show vLLM's own messages")
+    return parser
+
+
+def _json(parser: Any) -> None:
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="also write JSON, to standard output without a FILE"
+    )
+
+
+def _ingest(verbs: Any) -> None:
+    parser = _verb(
+        verbs, "ingest", "Precompute the KV of a folder of text and Markdown.", ("ingest", "run"), engine=True
+    )
+    parser.add_argument("folder", metavar="DIR", help="every .md and .txt file under it is read")
+
+
+def _ask(verbs: Any) -> None:
+    parser = _verb(verbs, "ask", "Answer questions from what was ingested.", ("ask", "run"), engine=True)
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help="none: type them, one a line")
+    parser.add_argument("-k", type=int, default=5, help="documents a prompt (default 5)")
+    parser.add_argument("--plain", action="store_true", help="ask plain vLLM as well, and compare")
+    parser.add_argument("--max-tokens", type=int, default=128, help="longest answer (default 128)")
+    _json(parser)
+
+
+def _demo(verbs: Any) -> None:
+    parser = _verb(
+        verbs, "demo", "Ask real questions of plain vLLM and of blending, side by side.", ("demo", "run"), engine=True
+    )
+    parser.add_argument("--docs", metavar="DIR", help="your folder of text or Markdown; Fennick's when not given")
+    parser.add_argument("--questions", type=int, default=12, metavar="N", help="how many are asked (default 12)")
+    parser.add_argument("--ask", action="append", metavar="QUESTION", help="ask this; may be repeated")
+    parser.add_argument("-k", type=int, default=6, choices=range(3, 7), help="documents a prompt (default 6)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the arms")
+    _json(parser)
+
+
+def _verify(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "verify",
+        "Check on your model that everything recomputed equals plain vLLM.",
+        ("verify", "run"),
+        engine=True,
+    )
+    parser.add_argument("--docs", metavar="DIR", help="texts to check with; Fennick's when not given")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="prompt lengths, in tokens")
+    _json(parser)
+
+
+def _bench(verbs: Any) -> None:
+    benches = verbs.add_parser("bench", help="Measure.", description="Measure.").add_subparsers(
+        metavar="WHAT", required=True
+    )
+    parser = _verb(benches, "ttft", "Time to first token, plain and blended.", ("bench", "ttft"), engine=True)
+    parser.add_argument("--prompt-tokens", type=int, default=2000, metavar="N")
+    parser.add_argument("--ratio", type=float, default=0.15, help="share of reused tokens recomputed (default 0.15)")
+    parser.add_argument("--span", type=int, default=None, help="length of recomputed spans, in tokens")
+    parser.add_argument("--selectors", nargs="+", default=["first", "question", "none"], metavar="NAME")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=0)
+    _json(parser)
+    parser = _verb(benches, "ingest", "Ingest against vLLM's own prefill rate.", ("bench", "ingest"), engine=True)
+    parser.add_argument("--repeats", type=int, default=3)
+    _json(parser)
+    parser = _verb(benches, "match", "Finding stored chunks in a prompt; needs no engine.", ("bench", "match"))
+    parser.add_argument("--chunks", type=int, default=100_000)
+    parser.add_argument("--prompt-tokens", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=50)
+    _json(parser)
+
+
+def _store(verbs: Any) -> None:
+    actions = verbs.add_parser(
+        "store", help="Look after the chunk store.", description="Look after the chunk store."
+    ).add_subparsers(metavar="ACTION", required=True)
+    stats = _verb(actions, "stats", "What the store holds.", ("store", "stats"))
+    check = _verb(actions, "check", "Read every file and every row.", ("store", "check"))
+    check.add_argument("--repair", action="store_true", help="mend what is wrong")
+    gc = _verb(actions, "gc", "Remove what no document holds, leftovers, and what exceeds the bound.", ("store", "gc"))
+    gc.add_argument("--max-gb", type=float, help="bound in GiB; the configured max_disk_gb when not given")
+    delete = _verb(actions, "delete", "Forget documents, or everything.", ("store", "delete"))
+    delete.add_argument(
+        "documents", nargs="*", metavar="DOCUMENT", help="document ids, as `kvblend store stats` lists them"
+    )
+    delete.add_argument("--all", action="store_true", dest="everything", help="the whole store")
+    for parser in (stats, check, gc, delete):
+        parser.add_argument("--store", metavar="DIR", help="folder of the chunk store")
+        parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    _json(stats)
+
+
+def _config(verbs: Any) -> None:
+    parser = _verb(verbs, "config", "Print the effective configuration.", ("config", "run"))
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    _json(parser)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""``kvblend bench``: runs a measurement, prints its table, and writes JSON with versions and machine."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from kvblend_rag.commands import terminal
+from kvblend_rag.commands.machine import engine_facts, machine
+from kvblend_rag.commands.session import EngineOptions, started
+from kvblend_rag.errors import ConfigError
+
+
+def ttft(
+    *,
+    engine: EngineOptions,
+    prompt_tokens: int = 2000,
+    ratio: float = 0.15,
+    span: int | None = None,
+    selectors: Sequence[str] = ("first", "question", "none"),
+    repeats: int = 7,
+    seed: int = 0,
+    json: str | None = None,
+) -> int:
+    """Time to first token, plain and blended; see ``bench_ttft``."""
+    from kvblend_rag.commands import bench_ttft
+    from kvblend_rag.selectors import get_selector
+
+    for name in selectors:
+        get_selector(name)
+    if not 0 <= ratio <= 1:
+        raise ConfigError(f"--ratio is {ratio:g}, and must lie between 0 and 1.")
+    console = terminal.prose(json)
+    return _measured(
+        engine,
+        bench_ttft,
+        json,
+        prompt_tokens=prompt_tokens,
+        ratio=ratio,
+        span=span,
+        selectors=selectors,
+        repeats=repeats,
+        seed=seed,
+        console=console if console.is_terminal else None,
+    )
+
+
+def ingest(*, engine: EngineOptions, repeats: int = 3, json: str | None = None) -> int:
+    """Ingest against vLLM's own prefill rate; see ``bench_ingest``."""
+    from kvblend_rag.commands import bench_ingest
+
+    return _measured(engine, bench_ingest, json, repeats=repeats)
+
+
+def match(*, chunks: int = 100_000, prompt_tokens: int = 8192, repeats: int = 50, json: str | None = None) -> int:
+    """Finding stored chunks in a prompt; see ``bench_match``."""
+    from kvblend_rag.commands import bench_match
+
+    for name, value in (("chunks", chunks), ("prompt-tokens", prompt_tokens), ("repeats", repeats)):
+        if value < 1:
+            raise ConfigError(f"--{name} is {value}, and must be 1 or more.")
+    before = machine()
+    result = bench_match.run(chunks, prompt_tokens, repeats)
+    terminal.prose(json).print(bench_match.table(result))
+    terminal.write_json({"command": _command(), "machine": before, **result}, json)
+    return 0
+
+
+def _measured(engine: EngineOptions, bench: Any, json: str | None, **settings: Any) -> int:
+    before = machine()
+    with tempfile.TemporaryDirectory(prefix="kvblend-bench-") as folder:
+        config = engine.resolve()
+        # A store of its own: what lies in the user's would be found, or be deleted.
+        if engine.store is None:
+            config = config.replace(store_path=folder)
+        with started(config, verbose=engine.verbose) as llm:
+            facts = engine_facts(llm.kvblend.engine.info, bool(config.engine_args.get("enforce_eager")))
+            result = bench.run(llm, **settings)
+    terminal.prose(json).print(bench.table(result))
+    terminal.write_json({"command": _command(), "machine": before, "engine": facts, **result}, json)
+    return 0
+
+
+def _command() -> str:
+    return shlex.join(["kvblend", *sys.argv[1:]])
+
+
+__all__ = ["ingest", "match", "ttft"]

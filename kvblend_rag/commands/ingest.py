@@ -1,0 +1,48 @@
+"""``kvblend ingest DIR``: the KV of every document into the store, and an index to find them by."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from kvblend_rag.commands import terminal
+from kvblend_rag.commands.library_index import save_index, saved_documents, with_folder
+from kvblend_rag.commands.session import EngineOptions, check_writable, started
+from kvblend_rag.demo.library import load_documents
+
+
+def run(folder: str, *, engine: EngineOptions) -> int:
+    """Ingest a folder; again, only what changed is computed, and what is gone is let go.
+
+    Args:
+        folder: of text and Markdown.
+        engine: model and store.
+
+    Raises:
+        KVBlendError: nothing to read, no engine, or a store that can't be written.
+    """
+    path = Path(folder).expanduser()
+    documents = with_folder(load_documents(path), path)
+    config = engine.resolve()
+    check_writable(config)
+    with started(config, verbose=engine.verbose) as llm:
+        report = llm.kvblend.replace(
+            [document.content for document in documents],
+            document_ids=[document.id for document in documents],
+        )
+        before = saved_documents(config)
+        inside = f"{path.resolve()}{os.sep}"
+        gone = {each.id for each in before if each.id.startswith(inside)} - {each.id for each in documents}
+        deleted = llm.kvblend.release(sorted(gone)) if gone else 0
+    save_index(config, [*(each for each in before if not each.id.startswith(inside)), *documents])
+    console = terminal.out()
+    console.print(f"{len(documents)} documents in {report}.")
+    for index, reason in report.skipped:
+        console.print(f"  not precomputed: {documents[index].id}: {reason}", style="yellow")
+    if gone:
+        console.print(f"{len(gone)} documents are no longer there: {deleted} chunks deleted.")
+    console.print(f'Stored in {config.store_path}. Next: kvblend ask "your question"', style="dim")
+    return 0
+
+
+__all__ = ["run"]

@@ -1,0 +1,249 @@
+"""``kvblend verify``: on the user's model and machine, is a prompt with everything recomputed what vLLM gives?"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from kvblend_rag.commands import terminal
+from kvblend_rag.commands.arms import Arms, greedy
+from kvblend_rag.commands.machine import engine_facts, machine
+from kvblend_rag.commands.session import EngineOptions, started
+from kvblend_rag.demo.library import BUNDLED, load_documents
+from kvblend_rag.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvblend_rag.llm import LLM
+    from kvblend_rag.output import RequestOutput
+
+TOKENS = 16
+_LENGTHS = (200, 500, 1000, 1900)
+_FLOAT32_TOLERANCE = 1e-4
+_CHOICES = 5
+"""Log-probabilities a step, to judge a near tie."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison with plain vLLM."""
+
+    what: str
+    prompt_tokens: int
+    from_store: int
+    """Prompt tokens that a stored chunk holds, recomputed ones among them."""
+    difference: float
+    """Greatest difference in log-probability; infinite where another token came that was no near tie."""
+    passed: bool
+    remark: str = ""
+
+
+def run(
+    *, engine: EngineOptions, docs: str | None = None, lengths: Sequence[int] | None = None, json: str | None = None
+) -> int:
+    """Check exactness, isolation and a damaged chunk; the user's own store is not touched.
+
+    Args:
+        engine: model; the store is a temporary one.
+        docs: folder of texts that prompts are made of.
+        lengths: of the prompts, in tokens.
+        json: where to write the result as JSON.
+
+    Returns:
+        0 when all is equal, 1 otherwise.
+
+    Raises:
+        KVBlendError: no such model, one that can't be blended, or no engine.
+    """
+    console = terminal.prose(json)
+    texts = [document.content for document in load_documents(docs or BUNDLED)]
+    with tempfile.TemporaryDirectory(prefix="kvblend-verify-") as folder:
+        # On disk alone, or a damaged file would hide behind its copy in memory.
+        config = engine.resolve().replace(store_path=folder, local_device="disk", enable_blending=True)
+        with started(config, verbose=engine.verbose) as llm:
+            result = check(llm, texts, lengths or _LENGTHS)
+            result["engine"] = engine_facts(llm.kvblend.engine.info, bool(config.engine_args.get("enforce_eager")))
+    result["machine"] = machine()
+    console.print(_table(result))
+    console.print(
+        f"Compared: log-probabilities of {TOKENS} greedy tokens. Tolerance {result['tolerance']:.1e}: "
+        f"{result['tolerance_reason']}."
+    )
+    if result["equal"]:
+        console.print(f"[bold green]Equal[/]: {escape(config.model)} gives plain vLLM's answers.")
+    else:
+        failed = sum(not each["passed"] for each in result["checks"])
+        console.print(
+            f"[bold red]Not equal[/]: {failed} of {len(result['checks'])} checks failed; don't blend this model."
+        )
+    terminal.write_json(result, json)
+    return 0 if result["equal"] else 1
+
+
+def check(llm: LLM, texts: Sequence[str], lengths: Sequence[int]) -> dict[str, Any]:
+    """All comparisons on an engine whose store is on disk alone.
+
+    Args:
+        llm: the engine.
+        texts: what chunks are made of; they are ingested.
+        lengths: of the prompts, in tokens; those that don't fit the context are passed over.
+
+    Raises:
+        ConfigError: no length fits, or the texts are too short.
+    """
+    info = llm.kvblend.engine.info
+    fitting = sorted({length for length in lengths if 64 <= length <= info.max_model_len - TOKENS})
+    if not fitting:
+        raise ConfigError(f"No prompt length between 64 and {info.max_model_len - TOKENS} was given.")
+    llm.kvblend.ingest(list(texts), progress=False)
+    arms = Arms(llm)
+    prompts = [_prompt(llm, texts, length) for length in fitting]
+    plain = [_answer(arms.ask(prompt, _sampling(), blend=False)) for prompt in prompts]
+    tolerance, reason = _tolerance(llm, prompts, plain)
+    checks = [_everything(arms, prompt, ordinary, tolerance) for prompt, ordinary in zip(prompts, plain, strict=True)]
+    checks += _together(llm, prompts, plain, tolerance)
+    checks.append(_isolation(llm, arms, prompts[-1], plain[-1], tolerance))
+    checks.append(_damaged(llm, arms, prompts[-1], plain[-1], tolerance))
+    return {
+        "model": info.model,
+        "tokens_compared": TOKENS,
+        "tolerance": tolerance,
+        "tolerance_reason": reason,
+        "checks": [asdict(each) for each in checks],
+        "equal": all(each.passed for each in checks),
+    }
+
+
+@dataclass(frozen=True)
+class _Answer:
+    tokens: tuple[int, ...]
+    logprobs: tuple[dict[int, float], ...]
+    report: Any
+
+    def difference(self, other: _Answer, near: float) -> float:
+        """Greatest difference, up to the first step at which two candidates were as good as equal."""
+        worst = 0.0
+        for step, (own, others) in enumerate(zip(self.tokens, other.tokens, strict=False)):
+            here, there = self.logprobs[step], other.logprobs[step]
+            worst = max(worst, abs(here[own] - there.get(own, -float("inf"))))
+            if own != others:
+                return worst if abs(there[others] - there.get(own, -float("inf"))) <= near else float("inf")
+        return worst
+
+
+def _answer(output: RequestOutput) -> _Answer:
+    completion = output.outputs[0]
+    steps = tuple({token: each.logprob for token, each in step.items()} for step in completion.logprobs or ())
+    return _Answer(completion.token_ids, steps, output.report)
+
+
+def _sampling() -> Any:
+    return greedy(TOKENS, logprobs=_CHOICES, ignore_eos=True)
+
+
+def _prompt(llm: LLM, texts: Sequence[str], length: int) -> list[int]:
+    """A header, whole texts with a blank line between them, and a question, cut to the length at the front."""
+    tokenizer = llm.get_tokenizer()
+    question = tokenizer.encode("\n\nQuestion: What is said above?\nAnswer:", add_special_tokens=False)
+    header = tokenizer.encode("Answer from the documents.\n\n")
+    body: list[int] = []
+    for text in texts:
+        body += tokenizer.encode(text + "\n\n", add_special_tokens=False)
+        if len(body) >= length:
+            break
+    room = length - len(header) - len(question)
+    if len(body) < room:
+        raise ConfigError(f"The texts have {len(body)} tokens, too few for a prompt of {length}.")
+    return [*header, *body[:room], *question]
+
+
+def _tolerance(llm: LLM, prompts: Sequence[list[int]], plain: Sequence[_Answer]) -> tuple[float, str]:
+    """In float32 a constant; elsewhere what two plain runs of different batch shape differ by."""
+    dtype = llm.kvblend.engine.info.dtype
+    if dtype == "float32":
+        return _FLOAT32_TOLERANCE, "float32"
+    _reset(llm)
+    together = llm.generate(prompts, _sampling(), blend={"blend": False})
+    noise = max(one.difference(_answer(other), near=float("inf")) for one, other in zip(plain, together, strict=True))
+    return max(2 * noise, 0.01), f"{dtype}: twice what plain vLLM differs by alone and in a batch, {noise:.1e}"
+
+
+def _compared(what: str, answer: _Answer, ordinary: _Answer, tolerance: float, *, blended: bool = True) -> Check:
+    report = answer.report
+    difference = ordinary.difference(answer, near=tolerance)
+    used = report.reused_tokens + report.recomputed_tokens
+    as_planned = report.blended == blended
+    remark = "" if as_planned else f"nothing was blended: {report.reason}" if blended else "it was blended"
+    return Check(what, report.prompt_tokens, used, difference, difference <= tolerance and as_planned, remark)
+
+
+def _everything(arms: Arms, prompt: list[int], ordinary: _Answer, tolerance: float) -> Check:
+    answer = _answer(arms.ask(prompt, _sampling(), selector="everything", ratio=1.0))
+    return _compared("everything recomputed", answer, ordinary, tolerance)
+
+
+def _together(llm: LLM, prompts: Sequence[list[int]], plain: Sequence[_Answer], tolerance: float) -> Iterable[Check]:
+    _reset(llm)
+    outputs = llm.generate(prompts, _sampling(), blend={"selector": "everything", "ratio": 1.0})
+    checks = [
+        _compared("the same, all at once", _answer(output), ordinary, tolerance)
+        for output, ordinary in zip(outputs, plain, strict=True)
+    ]
+    return [max(checks, key=lambda each: (not each.passed, each.difference))]
+
+
+def _isolation(llm: LLM, arms: Arms, prompt: list[int], ordinary: _Answer, tolerance: float) -> Check:
+    """A plain request right after one with approximate KV, the prefix cache as it then is."""
+    arms.ask(prompt, _sampling(), selector="none")
+    answer = _answer(llm.generate([prompt], _sampling(), blend={"blend": False})[0])
+    return _compared("plain, after a blended request", answer, ordinary, tolerance, blended=False)
+
+
+def _damaged(llm: LLM, arms: Arms, prompt: list[int], ordinary: _Answer, tolerance: float) -> Check:
+    """One bit of a stored chunk turned over: an ordinary prefill, and the reason."""
+    from kvblend_rag.store.layout import StoreLayout
+
+    used = arms.ask(prompt, greedy(1), selector="none").report
+    key = used.chunks[0].key if used.chunks else ""
+    for path in StoreLayout(Path(llm.kvblend.config.store_path)).files_of(key) if key else ():
+        with path.open("r+b") as file:
+            file.seek(-5, 2)
+            byte = file.read(1)[0]
+            file.seek(-5, 2)
+            file.write(bytes([byte ^ 1]))
+    answer = _answer(arms.ask(prompt, _sampling(), selector="none"))
+    compared = _compared("with a damaged chunk in the store", answer, ordinary, tolerance, blended=False)
+    told = bool(key) and bool(answer.report.reason)
+    return Check(
+        **{**asdict(compared), "passed": compared.passed and told, "remark": answer.report.reason or "not noticed"}
+    )
+
+
+def _reset(llm: LLM) -> None:
+    engine = llm.kvblend.engine
+    engine.run(engine.reset_prefix_cache())
+
+
+def _table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"kvblend verify {escape(result['model'])}")
+    for name in ("checked against plain vLLM", "prompt tokens", "from stored chunks", "greatest difference", ""):
+        table.add_column(name, justify="left" if name.startswith("checked") or not name else "right")
+    for each in result["checks"]:
+        mark = "[green]equal[/]" if each["passed"] else "[red]differs[/]"
+        remark = f" [dim]{escape(each['remark'])}[/]" if each["remark"] else ""
+        table.add_row(
+            each["what"],
+            f"{each['prompt_tokens']:,}",
+            f"{each['from_store']:,}",
+            f"{each['difference']:.1e}",
+            mark + remark,
+        )
+    return table
+
+
+__all__ = ["TOKENS", "Check", "check", "run"]

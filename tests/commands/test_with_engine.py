@@ -1,0 +1,229 @@
+"""The verbs that need an engine, on one shared by all: a tiny random model over a store on a small disk."""
+
+import json
+import os
+
+import pytest
+
+from kvblend_rag.errors import ChunkRejected, PromptTooLong, StoreFull
+
+TOPICS = ("harbour", "orchard", "library", "foundry", "observatory")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five documents of some 90 tokens each."""
+    for number, topic in enumerate(TOPICS):
+        lines = [
+            f"The {topic} has {number + 2} gates and {day} visitors on day {day} of the month." for day in range(5)
+        ]
+        (tmp_path / f"{topic}.md").write_text(f"# The {topic}\n\n" + " ".join(lines))
+    return tmp_path
+
+
+@pytest.fixture
+def ingested(kvblend, shared_engine, folder):
+    ran = kvblend("ingest", folder)
+    assert ran.returncode == 0, ran.stderr
+    return folder
+
+
+def test_ingest_again_computes_nothing(kvblend, shared_engine, folder):
+    assert "5 documents in 5 chunks" in kvblend("ingest", folder).stdout
+    assert "0 computed, 5 already stored" in kvblend("ingest", folder).stdout
+
+
+def test_ingest_follows_edits_and_deletions(kvblend, ingested):
+    (ingested / "harbour.md").write_text("# The harbour\n\n" + "The harbour was filled in and is a park now. " * 4)
+    (ingested / "orchard.md").unlink()
+    ran = kvblend("ingest", ingested)
+    assert "4 documents in 4 chunks: 1 computed, 3 already stored" in ran.stdout
+    assert "1 documents are no longer there: 1 chunks deleted" in ran.stdout
+    sources = json.loads(kvblend("ask", "How many visitors has the orchard?", "-k", 9, "--json").stdout)[0]["sources"]
+    assert not any("orchard.md" in each for each in sources)
+
+
+def test_two_folders_are_found_together(kvblend, ingested, config, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    (other / "harbour.md").write_text("# The harbour\n\n" + "Another harbour, with cranes and two tug boats. " * 4)
+    assert kvblend("ingest", other).returncode == 0
+    (answer,) = json.loads(kvblend("ask", "What has the harbour?", "-k", 50, "--json").stdout)
+    assert {str(ingested / "harbour.md#the-harbour"), str(other / "harbour.md#the-harbour")} <= set(answer["sources"])
+    kvblend("store", "delete", other / "harbour.md#the-harbour", "--store", config.store_path)
+    (answer,) = json.loads(kvblend("ask", "What has the harbour?", "-k", 50, "--json").stdout)
+    assert str(other / "harbour.md#the-harbour") not in answer["sources"]
+
+
+def test_what_is_too_short_is_named_and_the_rest_is_stored(kvblend, shared_engine, folder):
+    (folder / "short.md").write_text("# Short\n\nTiny.")
+    ran = kvblend("ingest", folder)
+    assert ran.returncode == 0
+    assert "1 skipped" in ran.stdout
+    assert "not precomputed" in ran.stdout
+    assert "short.md#short: The chunk has" in ran.stdout
+
+
+def test_ask_blends_what_was_ingested(kvblend, ingested):
+    ran = kvblend("ask", "How many gates has the foundry?", "-k", 3)
+    assert ran.returncode == 0, ran.stderr
+    assert "First token after" in ran.stdout
+    assert "foundry.md#the-foundry" in ran.stdout
+    (answer,) = json.loads(kvblend("ask", "How many gates has the foundry?", "-k", 3, "--json").stdout)
+    report = answer["report"]
+    assert report["blended"]
+    assert len(report["chunks"]) == 3
+    groups = ("cached", "reused", "recomputed", "computed")
+    assert sum(report[f"{group}_tokens"] for group in groups) == report["prompt_tokens"]
+
+
+def test_ask_beside_plain_vllm(kvblend, ingested):
+    ran = kvblend("ask", "How many gates has the foundry?", "--plain")
+    assert "plain vLLM" in ran.stdout
+    (answer,) = json.loads(kvblend("ask", "How many gates has the foundry?", "--plain", "--json").stdout)
+    assert answer["plain"]["ttft_seconds"] > 0
+
+
+def test_ask_reads_questions_from_standard_input(kvblend, ingested, monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("How many gates has the foundry?\nAnd the library?\n"))
+    assert len(json.loads(kvblend("ask", "--json").stdout)) == 2
+
+
+def test_ask_with_a_prompt_beyond_the_context(kvblend, ingested):
+    ran = kvblend("ask", "word " * 3000)
+    assert ran.returncode == 2
+    assert "context" in ran.stderr
+    assert ran.stderr.strip().count("\n") == 0
+
+
+def test_the_demo_on_a_folder_of_ones_own(kvblend, shared_engine, folder):
+    ran = kvblend("demo", "--docs", folder, "--questions", 3, "-k", 3)
+    assert ran.returncode == 0, ran.stderr
+    assert "What do the documents say about The harbour?" in ran.stdout
+    assert "The same answer:" in ran.stdout
+    assert "Right:" not in ran.stdout
+    assert "Next:" in ran.stdout
+
+
+def test_the_order_of_the_arms_is_drawn_and_repeats_with_its_seed(kvblend, shared_engine, folder, monkeypatch):
+    from kvblend_rag.commands.arms import Arms
+
+    asked = []
+    ask = Arms.ask
+    monkeypatch.setattr(Arms, "ask", lambda self, *a, **o: asked.append(o.get("blend", True)) or ask(self, *a, **o))
+
+    def order(seed):
+        asked.clear()
+        kvblend("demo", "--docs", folder, "--ask", "a?", "--ask", "b?", "--ask", "c?", "--ask", "d?", "--seed", seed)
+        return list(asked[2:])
+
+    first = order(1)
+    assert len(first) == 8
+    assert first == order(1)
+    assert len({tuple(order(seed)) for seed in (1, 2, 3)}) > 1
+
+
+def test_verify_finds_everything_equal(kvblend, shared_engine, folder, tmp_path_factory):
+    file = tmp_path_factory.mktemp("json") / "verify.json"
+    ran = kvblend("verify", "--docs", folder, "--lengths", 200, 400, "--json", file)
+    assert ran.returncode == 1  # the shared engine keeps chunks in memory, in front of a damaged file
+    result = json.loads(file.read_text())
+    checks = {each["what"]: each for each in result["checks"]}
+    assert checks.pop("with a damaged chunk in the store")["passed"] is False
+    assert len(result["checks"]) == 5
+    for check in checks.values():
+        assert check["passed"], check
+        assert check["difference"] <= 1e-4
+    assert checks["everything recomputed"]["from_store"] > 200
+    assert result["tolerance"] == 1e-4
+    assert "Not equal" in ran.stdout
+
+
+def test_verify_notices_a_wrong_answer(shared_engine, monkeypatch):
+    """With approximate KV in place of recomputed, it must not say equal."""
+    from kvblend_rag.commands import verify
+
+    ask = verify.Arms.ask
+
+    def approximate(self, prompt, sampling, **blend):
+        if blend.get("selector") == "everything":
+            blend = {"selector": "none"}
+        return ask(self, prompt, sampling, **blend)
+
+    monkeypatch.setattr(verify.Arms, "ask", approximate)
+    texts = [f"A text about the {topic}, its gates and its visitors, and what they say. " * 8 for topic in TOPICS]
+    result = verify.check(shared_engine, texts, [400])
+    (check,) = (each for each in result["checks"] if each["what"] == "everything recomputed")
+    assert not check["passed"]
+    assert not result["equal"]
+
+
+def test_bench_ttft(kvblend, shared_engine, tmp_path):
+    file = tmp_path / "ttft.json"
+    ran = kvblend("bench", "ttft", "--prompt-tokens", 600, "--repeats", 2, "--json", file)
+    assert ran.returncode == 0, ran.stderr
+    assert "nothing matches" in ran.stdout
+    result = json.loads(file.read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == [
+        "plain vLLM",
+        "first, 15%",
+        "question, 15%",
+        "none",
+        "plain vLLM, unknown text",
+        "nothing matches",
+    ]
+    assert rows["plain vLLM"]["reused_tokens"] == rows["nothing matches"]["reused_tokens"] == 0
+    for name in ("first, 15%", "question, 15%"):
+        row = rows[name]
+        assert 0.1 < row["recomputed_tokens"] / (row["reused_tokens"] + row["recomputed_tokens"]) <= 0.15
+        assert row["bookkeeping_ms"] > 0
+    assert result["engine"]["dtype"] == "float32"
+    assert result["machine"]["versions"]["torch"]
+
+
+def test_bench_ttft_beyond_the_context(kvblend, shared_engine):
+    ran = kvblend("bench", "ttft", "--prompt-tokens", 9000)
+    assert ran.returncode == 2
+    assert "does not fit" in ran.stderr
+
+
+def test_bench_ingest_cleans_up(kvblend, shared_engine, tmp_path):
+    file = tmp_path / "ingest.json"
+    before = shared_engine.kvblend.catalogue.stats()["documents"]
+    assert kvblend("bench", "ingest", "--repeats", 1, "--json", file).returncode == 0
+    result = json.loads(file.read_text())
+    assert result["settings"]["chunks"] >= 40
+    assert result["ingest_over_prefill"]["median"] > 0
+    assert shared_engine.kvblend.catalogue.stats()["documents"] == before
+
+
+def test_chunks_and_prompts_that_cannot_be_used(shared_engine):
+    from kvblend_rag import OfflineKVPreCompute
+
+    precompute = OfflineKVPreCompute(shared_engine).precompute_kv
+    with pytest.raises(ChunkRejected, match="empty"):
+        precompute("  \n")
+    with pytest.raises(ChunkRejected, match="fewer than 16"):
+        precompute("Too short.")
+    with pytest.raises(PromptTooLong, match="2560"):
+        shared_engine.generate([[5] * 3000])
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(kvblend, ingested, shared_engine, small_disk):
+    if small_disk is None:
+        pytest.skip("this user may not mount a file system")
+    ballast = small_disk / "ballast"
+    free = os.statvfs(small_disk)
+    ballast.write_bytes(bytes(free.f_bavail * free.f_frsize))
+    try:
+        for number in range(3):
+            text = f"Text number {number} finds no room. " * 30
+            with pytest.raises(StoreFull, match="No space is left"):
+                shared_engine.kvblend.ingest([text], progress=False)
+    finally:
+        ballast.unlink()
+    assert "0 computed, 5 already stored" in kvblend("ingest", ingested).stdout
+    (answer,) = json.loads(kvblend("ask", "How many gates has the foundry?", "-k", 3, "--json").stdout)
+    assert answer["report"]["blended"]
