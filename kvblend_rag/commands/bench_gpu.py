@@ -42,6 +42,7 @@ def run(
     lengths: Sequence[int] = (8192, 32768),
     spans: Sequence[int] = (64, 16),
     repeats: int = 10,
+    timelines: Path | None = None,
     **engine_args: Any,
 ) -> dict[str, Any]:
     """Measure; returns a JSON-able dictionary.
@@ -51,6 +52,7 @@ def run(
         lengths: prompt lengths, in tokens.
         spans: span lengths to compare.
         repeats: of each arm, in an order that is shuffled each time.
+        timelines: folder for Chrome traces of one request of each kind, of the longest prompt.
         engine_args: any of vLLM's engine arguments.
     """
     rng = np.random.default_rng(0)
@@ -76,6 +78,8 @@ def run(
                 ingested = llm.kvblend.ingest(chunks)
                 rates.append(ingested.tokens / ingested.seconds)
                 results[str(length)] = _measure(llm, chunks, length, arms(spans), repeats, rng)
+            if timelines is not None:
+                _trace(llm, chunks, max(lengths), arms(spans), timelines, rng)
             info = llm.kvblend.engine.info
     return {
         "shape": shape,
@@ -105,14 +109,13 @@ def _measure(
     reports: dict[str, dict[str, int]] = {}
     for repeat in range(repeats + 1):
         for name in rng.permutation(list(named)):
-            body = np.concatenate([chunks[i] for i in rng.permutation(len(chunks))])
-            prompt = np.concatenate([body, rng.integers(100, 100_000, length - len(body))]).astype(np.int32)
+            prompt = _prompt(chunks, length, rng)
             engine.run(engine.reset_prefix_cache())
             options = named[name]
             if options is None:
                 options = {"blend": False}
                 llm.generate(prompt, one, blend=options)
-                prompt = np.concatenate([body, rng.integers(100, 100_000, length - len(body))]).astype(np.int32)
+                prompt = np.concatenate([prompt[:-_QUESTION_TOKENS], rng.integers(100, 100_000, _QUESTION_TOKENS)])
             output = llm.generate(prompt, one, blend=options)[0]
             assert output.metrics is not None
             if repeat:  # the first round warms up
@@ -134,6 +137,31 @@ def _measure(
         }
         for name, taken in times.items()
     }
+
+
+def _prompt(chunks: Sequence[Any], length: int, rng: np.random.Generator) -> Any:
+    """All chunks in a new order, and a new question."""
+    body = np.concatenate([chunks[i] for i in rng.permutation(len(chunks))])
+    return np.concatenate([body, rng.integers(100, 100_000, length - len(body))]).astype(np.int32)
+
+
+def _trace(
+    llm: LLM,
+    chunks: Sequence[Any],
+    length: int,
+    named: dict[str, dict[str, Any] | None],
+    folder: Path,
+    rng: np.random.Generator,
+) -> None:
+    engine = llm.kvblend.engine
+    for name, options in named.items():
+        if options is None:
+            continue
+        engine.run(engine.reset_prefix_cache())
+        engine.run(engine.call("start_trace"))
+        llm.generate(_prompt(chunks, length, rng), engine.one_token(), blend=options)
+        file = "".join(letter if letter.isalnum() else "-" for letter in name)
+        engine.run(engine.call("stop_trace", str(folder / f"{file}.json")))
 
 
 def _machine() -> dict[str, Any]:

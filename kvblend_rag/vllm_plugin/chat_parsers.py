@@ -66,15 +66,16 @@ class ParsedTurn(Turn):
         self._options = dict(request.template)
         self._kind = _parser_class(tool_name, reasoning or None)
         self._parsers: dict[int, Parser] = {}
-        self._request = compat.chat_request(
-            model="kvblend",
-            messages=[{"role": "user", "content": ""}],
-            tools=[_strict(tool) for tool in tools] if forced else tools or None,
-            tool_choice=_as_openai(choice),
-            parallel_tool_calls=request.parallel_tool_calls,
-            structured_outputs=form(request.sampling),
-            chat_template_kwargs=self._options,
-        )
+        self._fields: dict[str, Any] = {
+            "model": "kvblend",
+            "messages": [{"role": "user", "content": ""}],
+            "tools": [_strict(tool) for tool in tools] if forced else tools or None,
+            "tool_choice": _as_openai(choice),
+            "parallel_tool_calls": request.parallel_tool_calls,
+            "chat_template_kwargs": self._options,
+        }
+        self._request = compat.chat_request(**self._fields, structured_outputs=form(request.sampling))
+        self._either = bool(tools) and choice == "auto" and request.sampling.constrained
         if self._kind is not None:
             try:
                 self._request = self._parser(0).adjust_request(self._request)
@@ -85,7 +86,22 @@ class ParsedTurn(Turn):
     def structured_outputs(self) -> StructuredOutputsParams | None:
         """What the answer is constrained to."""
         found: StructuredOutputsParams | None = self._request.extract_structured_outputs()
-        return found
+        return self._call_or(found) if self._either and found is not None else found
+
+    def _call_or(self, wanted: StructuredOutputsParams) -> StructuredOutputsParams:
+        """A tool call or the wanted form: an agent that answers in a form must still be able to call its tools."""
+        fields = {**self._fields, "tools": [_strict(tool) for tool in self._fields["tools"]], "tool_choice": "required"}
+        forced = self._new_parser().adjust_request(compat.chat_request(**fields)).extract_structured_outputs()
+        if forced is None or not forced.structural_tag:  # no grammar of native calls
+            return wanted
+        if wanted.regex is not None:
+            answer = {"type": "regex", "pattern": wanted.regex}
+        else:
+            schema = json.loads(wanted.json) if wanted.json is not None else {"type": "object"}
+            answer = {"type": "json_schema", "json_schema": schema}
+        calls = json.loads(forced.structural_tag)["format"]
+        both = {"type": "structural_tag", "format": {"type": "or", "elements": [calls, answer]}}
+        return StructuredOutputsParams(structural_tag=json.dumps(both))
 
     @property
     def skip_special_tokens(self) -> bool:

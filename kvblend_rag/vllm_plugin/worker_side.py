@@ -41,6 +41,7 @@ class WorkerSide:
         self._blender: Blender
         self._store: TieredStore | None = None
         self._writer: Writer | None = None
+        self._trace: torch.profiler.profile | None = None
 
     def bind(self, runner: Any) -> None:
         """Take vLLM's model runner, once its KV cache is there."""
@@ -98,6 +99,18 @@ class WorkerSide:
     def forget(self, keys: list[str]) -> list[str]:
         """Delete those chunks that no document holds, from every tier."""
         return [] if self._store is None else self._store.delete_unheld(keys)
+
+    def start_trace(self) -> None:
+        """Record what this worker does, for a timeline."""
+        self._trace = torch.profiler.profile()
+        self._trace.start()
+
+    def stop_trace(self, path: str) -> None:
+        """Stop recording and write a Chrome trace."""
+        assert self._trace is not None
+        self._trace.stop()
+        self._trace.export_chrome_trace(path)
+        self._trace = None
 
     def close(self) -> None:
         """Finish writing and close the store; a second call does nothing."""

@@ -18,8 +18,16 @@ def main() -> None:
     parser.add_argument("--spans", type=int, nargs="+", default=[64, 16])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--timelines", type=Path, help="folder for Chrome traces")
     given = parser.parse_args()
-    result = bench_gpu.run(given.shape, given.lengths, given.spans, given.repeats, enforce_eager=given.eager)
+    result = bench_gpu.run(
+        given.shape,
+        given.lengths,
+        given.spans,
+        given.repeats,
+        given.timelines,
+        enforce_eager=given.eager,
+    )
     given.out.write_text(json.dumps(result, indent=1))
     for length, rows in result["results"].items():
         for name, row in rows.items():
