@@ -177,3 +177,27 @@ def test_every_parser_of_the_table_exists():
 
     assert {row.parser for row in dialect._TOOLS} <= set(ToolParserManager.list_registered())
     assert {row.parser for row in dialect._REASONING} <= set(ReasoningParserManager.list_registered())
+
+
+@pytest.mark.parametrize(
+    ("sampling", "answer"),
+    [
+        ({"json_schema": {"type": "object", "properties": {"d": {"type": "integer"}}, "required": ["d"]}}, '{"d": 7}'),
+        ({"json_object": True}, '{"any": 1}'),
+        ({"regex": "[a-c]+"}, "abc"),
+    ],
+)
+def test_an_answer_in_a_form_may_be_a_call_instead(sampling, answer):
+    import xgrammar
+
+    talker, engine = chat(HERMES)
+    assert talker.complete_sync(HI, tools=TOOLS, sampling=sampling).tool_calls
+    form = engine.requests[-1].params.structured_outputs
+    grammar = xgrammar.Grammar.from_structural_tag(form.structural_tag)
+    for text, accepted in ((HERMES, True), (answer, True), ("Just text.", False), (HERMES + answer, False)):
+        assert xgrammar.testing._is_grammar_accept_string(grammar, text) == accepted
+    talker, engine = chat(answer)
+    result = talker.complete_sync(HI, tools=TOOLS, sampling=sampling)
+    assert (result.text, result.tool_calls) == (answer, ())
+    talker.complete_sync(HI, tools=TOOLS, tool_choice="none", sampling=sampling)
+    assert engine.requests[-1].params.structured_outputs.structural_tag is None
