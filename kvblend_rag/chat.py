@@ -233,7 +233,9 @@ class Chat:
                     output = await asyncio.wait_for(_next(outputs), left) if end else await _next(outputs)
                 except StopAsyncIteration:
                     return
-                except TimeoutError:
+                except TimeoutError as error:
+                    if bound is None or isinstance(error, RequestTimeout):
+                        raise  # the engine's own
                     raise RequestTimeout(f"The request took longer than {bound:g} seconds and was stopped.") from None
                 yield output
         finally:
