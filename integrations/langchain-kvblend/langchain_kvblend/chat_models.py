@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LanguageModelInput, ModelProfile
@@ -20,11 +20,11 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import TypeBaseModel, is_basemodel_subclass
 from pydantic import BaseModel, Field, model_validator
-from typing_extensions import Self
 
 from kvblend_rag.chat import Chat
 from kvblend_rag.errors import ConfigError
 from kvblend_rag.kvblend import KVBlend
+from kvblend_rag.profile import profile_of
 from kvblend_rag.turn import ChatDelta
 from kvblend_rag.turn import ChatResult as Answer
 from langchain_kvblend._messages import PROVIDER, as_chunk, as_message, as_openai, response_metadata
@@ -37,8 +37,8 @@ _AT_ONCE = 256
 class ChatKVBlend(EngineModel, BaseChatModel):
     """A chat model that runs here, in vLLM, and reuses the stored KV of the chunks in its prompts.
 
-    The engine starts with the first request (or when ``profile`` is read). Models of one configuration share one
-    engine; ``close`` gives it up.
+    The engine starts with the first request, or when ``profile`` is read of a model that is no local folder. Models
+    of one configuration share one engine; ``close`` gives it up.
 
     Every answer says in ``usage_metadata`` how many input tokens needed no computing (``cache_read``), and in
     ``response_metadata["blend_report"]`` what became of each part of the prompt.
@@ -67,7 +67,7 @@ class ChatKVBlend(EngineModel, BaseChatModel):
 
     @model_validator(mode="after")
     def _profile_when_asked(self) -> Self:
-        # Only the engine knows what it can do, and making a model must not start it: see __getattr__.
+        # It may take the engine to know, and making a model must not start it: see __getattr__.
         if self.profile is None:
             del self.__dict__["profile"]
         return self
@@ -75,7 +75,7 @@ class ChatKVBlend(EngineModel, BaseChatModel):
     def __getattr__(self, name: str) -> Any:
         if name != "profile":
             return super().__getattr__(name)  # type: ignore[misc]
-        known = self._chat.profile
+        known = (None if self.handle.started else profile_of(self._config)) or self._chat.profile
         self.__dict__["profile"] = ModelProfile(
             name=self.model,
             max_input_tokens=known.max_input_tokens,

@@ -134,9 +134,7 @@ def words() -> Callable[[str, int], str]:
     """``words(seed, count)``: a text of that many words, sentences and all."""
 
     def make(seed: str, count: int = 60) -> str:
-        sentence = []
-        for place in range(count):
-            sentence.append(f"{seed}{place * 7 % 101}" + (".\n" if place % 12 == 11 else ""))
-        return " ".join(sentence).replace("\n ", "\n") + "."
+        all_words = [f"{seed}{place * 7 % 101}" + (".\n" if place % 12 == 11 else "") for place in range(count)]
+        return " ".join(all_words).replace("\n ", "\n") + "."
 
     return make

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from typing import Annotated, TypedDict
@@ -15,11 +16,11 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.runnables import ConfigurableField
 from langchain_core.tools import tool
+from langchain_kvblend import ChatKVBlend
 from pydantic import BaseModel, Field
 
 from kvblend_rag.errors import ConfigError, KVBlendWarning, PromptTooLong, RequestTimeout
 from kvblend_rag.testing import WordTokenizer
-from langchain_kvblend import ChatKVBlend
 
 LONG = "one two three four five six seven eight nine ten"
 
@@ -103,7 +104,7 @@ def test_stop_and_max_tokens_end_the_answer(make_kv):
 
 def test_an_unknown_setting_of_a_call_is_refused(kv):
     llm = ChatKVBlend(kv=kv)
-    with pytest.raises(ConfigError, match="'temprature'. Did you mean 'temperature'"):
+    with pytest.raises(ConfigError, match=r"'temprature'\. Did you mean 'temperature'"):
         llm.invoke("hi", temprature=1)
     with pytest.raises(ConfigError, match="runs fake-model; for gpt-9 make another"):
         llm.invoke("hi", model="gpt-9")
@@ -281,7 +282,7 @@ async def test_two_coroutines_stream_at_once(make_kv):
 
     assert await asyncio.gather(read("first"), read("second")) == [LONG, LONG.upper()]
     assert kv.engine.peak == 2
-    changes = sum(one != other for one, other in zip(order, order[1:], strict=False))
+    changes = sum(one != other for one, other in itertools.pairwise(order))
     assert changes > 4
 
 
@@ -386,11 +387,10 @@ def test_retries_without_a_loop(make_kv):
 
 def test_what_was_seen_is_not_asked_again(make_kv):
     kv = make_kv(LONG * 10, delay=0.05)
-    seen = []
+    stream = ChatKVBlend(kv=kv, timeout=0.3, max_retries=5).stream("hi")
+    assert next(stream).content
     with pytest.raises(RequestTimeout):
-        for chunk in ChatKVBlend(kv=kv, timeout=0.3, max_retries=5).stream("hi"):
-            seen.append(chunk.content)
-    assert seen
+        list(stream)
     assert len(kv.engine.requests) == 1
 
 
@@ -614,6 +614,14 @@ def test_the_profile_is_read_from_the_engine(make_kv, monkeypatch, tmp_path):
     with pytest.raises(AttributeError):
         _ = llm.no_such_thing
     llm.close()
+
+
+def test_the_profile_of_a_folder_needs_no_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr("kvblend_rag.kvblend._launch", lambda config: pytest.fail("the engine must not start"))
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 512}')
+    (tmp_path / "chat_template.jinja").write_text("<think> enable_thinking {{ tools }}")
+    profile = ChatKVBlend(model=tmp_path, settings={"store_path": str(tmp_path / "store")}).profile
+    assert (profile["max_input_tokens"], profile["reasoning_output"], profile["tool_calling"]) == (512, True, True)
 
 
 def test_numbers_of_tokens_are_the_model_s(kv):

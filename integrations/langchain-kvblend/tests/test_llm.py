@@ -7,9 +7,9 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.globals import set_llm_cache
 from langchain_core.prompts import PromptTemplate
+from langchain_kvblend import KVBlendLLM
 
 from kvblend_rag.errors import ConfigError, RequestTimeout
-from langchain_kvblend import KVBlendLLM
 
 LONG = "one two three four five six seven eight nine ten"
 

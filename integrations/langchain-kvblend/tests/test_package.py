@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import langchain_kvblend
+import pytest
+from langchain_kvblend import ChatKVBlend, KVBlendLLM
+
 from kvblend_rag import KVBlend
 from kvblend_rag.errors import ConfigError, EngineUnavailable
-from langchain_kvblend import ChatKVBlend, KVBlendLLM
 
 NAMES = ["ChatKVBlend", "KVBlendLLM", "KVBlendRetriever", "KVBlendVectorStore", "PrefetchHandler"]
 

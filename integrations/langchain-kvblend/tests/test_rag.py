@@ -18,11 +18,11 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.tools import create_retriever_tool, tool
 from langchain_core.vectorstores import InMemoryVectorStore
+from langchain_kvblend import ChatKVBlend, KVBlendVectorStore
 from langchain_text_splitters import RecursiveCharacterTextSplitter
 
 from kvblend_rag.demo.library import load_documents
 from kvblend_rag.errors import KVBlendWarning
-from langchain_kvblend import ChatKVBlend, KVBlendVectorStore
 
 CHATML = """{%- if tools %}<|im_start|>system
 {{ tools | tojson }}<|im_end|>
@@ -211,7 +211,9 @@ async def test_the_agent_streams(rag, documents):
     assert text == "Every week."
 
 
-def test_an_agent_with_a_form(rag, documents):
+def test_an_agent_that_answers_in_a_form(make_kv, documents):
+    """It calls its tool all the same: the constraint is a call or the form."""
+    import xgrammar
     from pydantic import BaseModel
 
     class Interval(BaseModel):
@@ -219,17 +221,20 @@ def test_an_agent_with_a_form(rag, documents):
 
         days: int
 
-    llm, store = rag([*tool_answers("search")[:1], '{"days": 7}'], documents)
-    agent = create_agent(
-        llm,
-        [create_retriever_tool(store.as_retriever(), "search", "Search the documents.")],
-        response_format=Interval,
-    )
-    try:
-        result = agent.invoke({"messages": [("user", QUESTION)]})
-    except Exception as error:  # say what the strategy did
-        raise AssertionError([request.params.settings for request in llm.kv.engine.requests]) from error
+    answers = [tool_answers("search")[0], '{"days": 7}']
+    kv = make_kv(list(answers), parsers="vllm", max_model_len=8192)
+    store = KVBlendVectorStore.from_documents(documents, DeterministicFakeEmbedding(size=32), kv=kv)
+    search = create_retriever_tool(store.as_retriever(), "search", "Search the documents.")
+    agent = create_agent(ChatKVBlend(kv=kv), [search], response_format=Interval)
+    result = agent.invoke({"messages": [("user", QUESTION)]})
     assert result["structured_response"] == Interval(days=7)
+    assert result["messages"][2].type == "tool"
+    forms = [request.params.structured_outputs for request in kv.engine.requests]
+    assert len(forms) == 2
+    for form, answer in zip(forms, answers, strict=True):
+        grammar = xgrammar.Grammar.from_structural_tag(form.structural_tag)
+        assert xgrammar.testing._is_grammar_accept_string(grammar, answer)
+        assert not xgrammar.testing._is_grammar_accept_string(grammar, "Just text.")
 
 
 def test_a_template_that_escapes_is_named(rag, documents, tokenizer):

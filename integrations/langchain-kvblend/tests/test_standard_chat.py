@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
+from langchain_kvblend import ChatKVBlend
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
-
-from langchain_kvblend import ChatKVBlend
 
 NEED_COMPETENCE = (
     "test_agent_loop",

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_core.vectorstores import InMemoryVectorStore
-from langchain_tests.integration_tests import RetrieversIntegrationTests, VectorStoreIntegrationTests
-
 from langchain_kvblend import KVBlendRetriever, KVBlendVectorStore
+from langchain_tests.integration_tests import RetrieversIntegrationTests, VectorStoreIntegrationTests
 
 
 class TestVectorStore(VectorStoreIntegrationTests):

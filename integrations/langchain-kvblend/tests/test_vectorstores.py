@@ -11,9 +11,9 @@ from langchain_core.runnables.config import run_in_executor
 from langchain_core.stores import InMemoryStore
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_core.vectorstores.base import VectorStore
+from langchain_kvblend import KVBlendRetriever, KVBlendVectorStore, PrefetchHandler
 
 from kvblend_rag.errors import ConfigError, KVBlendWarning, StoreError
-from langchain_kvblend import KVBlendRetriever, KVBlendVectorStore, PrefetchHandler
 
 EMBEDDING = DeterministicFakeEmbedding(size=16)
 
