@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any
 
 from tqdm.auto import tqdm
 
+from kvblend_rag.background import Background
 from kvblend_rag.document_use import DocumentUse, which_found
 from kvblend_rag.errors import KVBlendWarning
 from kvblend_rag.ingest import IngestReport
 from kvblend_rag.kvblend import KVBlend
-
-
-class _Task(NamedTuple):
-    kind: Literal["add", "delete", "prefetch"]
-    ids: tuple[str, ...]
-    texts: tuple[str, ...]
 
 
 class DocumentSync:
@@ -46,17 +40,11 @@ class DocumentSync:
         progress: bool = False,
     ) -> None:
         self.kv = kv
-        self._capacity, self._batch, self._progress = max(capacity, 1), max(batch, 1), progress
-        self._background = background
+        self._batch, self._progress = max(batch, 1), progress
+        label = "Precomputing in the background" if progress else None
+        self._background = Background(max(capacity, 1), label) if background else None
+        self._tally = _Tally()
         self._warned = False
-        self._waiting: deque[_Task] = deque()
-        self._pending = 0
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._ending = False
-        self._done = _Tally()
-        self._error: BaseException | None = None
-        self._bar: Any = None
 
     def add(self, ids: Sequence[str], texts: Sequence[str]) -> IngestReport | None:
         """Add documents, or replace those of the same ids: chunks only the old text had are let go.
@@ -71,10 +59,10 @@ class DocumentSync:
         Raises:
             StoreError: the store can't be written; in background mode ``flush`` raises it.
         """
-        if not self._background:
+        if self._background is None:
             return self._add(ids, texts, self._progress)
-        for part in _parts(ids, texts, self._batch):
-            self._enqueue(_Task("add", *part))
+        for own_ids, own_texts in _batches(zip(ids, texts, strict=True), self._batch):
+            self._background.put(partial(self._add_counted, own_ids, own_texts), len(own_ids))
         return None
 
     update = add
@@ -85,10 +73,10 @@ class DocumentSync:
         Returns:
             How many chunks that nobody else holds were deleted; None in background mode.
         """
-        if self._background:
-            self._enqueue(_Task("delete", tuple(ids), ()))
-            return None
-        return self._delete(ids)
+        if self._background is None:
+            return self._delete(ids)
+        self._background.put(partial(self._delete, tuple(ids)))
+        return None
 
     def prefetch(self, texts: Sequence[str]) -> int | None:
         """Bring the chunks of retrieved texts into the fastest tier; does nothing before the engine has started.
@@ -98,10 +86,10 @@ class DocumentSync:
         """
         if not self.kv.started:
             return 0
-        if self._background:
-            self._enqueue(_Task("prefetch", (), tuple(texts)), urgent=True)
-            return None
-        return 0 if self._refused() else self.kv.prefetch(texts)
+        if self._background is None:
+            return self._prefetch(texts)
+        self._background.put(partial(self._prefetch, tuple(texts)), urgent=True)
+        return None
 
     def adopt(
         self, documents: Iterable[tuple[str, str]], *, total: int | None = None, progress: bool = True
@@ -127,7 +115,7 @@ class DocumentSync:
     @property
     def pending(self) -> int:
         """Documents that still wait in background mode."""
-        return self._pending
+        return 0 if self._background is None else self._background.pending
 
     def flush(self) -> IngestReport:
         """Wait until nothing is pending.
@@ -138,12 +126,12 @@ class DocumentSync:
         Raises:
             KVBlendError: the first thing that went wrong in the background since the last flush.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: not self._pending)
-            error, self._error = self._error, None
-            tally, self._done = self._done, _Tally()
-        if error is not None:
-            raise error
+        tally = self._tally
+        try:
+            if self._background is not None:
+                self._background.flush()
+        finally:
+            self._tally = _Tally()
         return tally.report()
 
     def close(self) -> None:
@@ -151,12 +139,8 @@ class DocumentSync:
         try:
             self.flush()
         finally:
-            with self._changed:
-                self._ending = True
-                self._changed.notify_all()
-            if self._thread is not None:
-                self._thread.join()
-                self._thread = None
+            if self._background is not None:
+                self._background.close()
 
     def __enter__(self) -> DocumentSync:
         return self
@@ -169,6 +153,12 @@ class DocumentSync:
         if reason is not None:
             return IngestReport(skipped=tuple((index, reason) for index in range(len(texts))))
         return self.kv.replace(list(texts), document_ids=list(ids), progress=progress)
+
+    def _add_counted(self, ids: Sequence[str], texts: Sequence[str]) -> None:
+        self._tally.count(self._add(ids, texts, False), len(ids))
+
+    def _prefetch(self, texts: Sequence[str]) -> int:
+        return 0 if self._refused() else self.kv.prefetch(texts)
 
     def _delete(self, ids: Sequence[str]) -> int:
         return 0 if self._refused() else self.kv.release(list(ids))
@@ -184,59 +174,6 @@ class DocumentSync:
                 stacklevel=3,
             )
         return reason
-
-    def _enqueue(self, task: _Task, urgent: bool = False) -> None:
-        size = _size(task)
-        with self._changed:
-            # A task larger than the whole queue is let in alone; a prefetch that waits is of no use.
-            self._changed.wait_for(lambda: urgent or not self._pending or self._pending + size <= self._capacity)
-            (self._waiting.appendleft if urgent else self._waiting.append)(task)
-            self._pending += size
-            self._show(more=size)
-            if self._thread is None:
-                self._ending = False
-                self._thread = threading.Thread(target=self._work, name="kvblend-documents", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._ending)
-                if not self._waiting:
-                    return
-                task = self._waiting.popleft()
-            try:
-                report = self._do(task)
-            except BaseException as error:
-                with self._changed:
-                    self._error = self._error or error
-            else:
-                self._done.count(report, len(task.texts))
-            with self._changed:
-                self._pending -= _size(task)
-                self._show(done=_size(task))
-                self._changed.notify_all()
-
-    def _do(self, task: _Task) -> IngestReport:
-        if task.kind == "add":
-            return self._add(task.ids, task.texts, False)
-        if task.kind == "delete":
-            self._delete(task.ids)
-        elif not self._refused():
-            self.kv.prefetch(task.texts)
-        return IngestReport()
-
-    def _show(self, more: int = 0, done: int = 0) -> None:
-        if not self._progress:
-            return
-        if self._bar is None:
-            self._bar = tqdm(total=0, desc="Precomputing in the background", unit="doc")
-        self._bar.total += more
-        self._bar.update(done)
-        if not self._pending:
-            self._bar.close()
-            self._bar = None
 
 
 class _Tally:
@@ -265,16 +202,6 @@ class _Tally:
             seconds=self.seconds,
             skipped=tuple(self.skipped),
         )
-
-
-def _size(task: _Task) -> int:
-    return max(len(task.ids), 1)
-
-
-def _parts(
-    ids: Sequence[str], texts: Sequence[str], size: int
-) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-    return _batches(zip(ids, texts, strict=True), size)
 
 
 def _batches(
