@@ -233,7 +233,7 @@ class Chat:
                     output = await asyncio.wait_for(_next(outputs), left) if end else await _next(outputs)
                 except StopAsyncIteration:
                     return
-                except TimeoutError as error:
+                except (TimeoutError, asyncio.TimeoutError) as error:  # noqa: UP041 (two kinds in Python 3.10)
                     if bound is None or isinstance(error, RequestTimeout):
                         raise  # the engine's own
                     raise RequestTimeout(f"The request took longer than {bound:g} seconds and was stopped.") from None
