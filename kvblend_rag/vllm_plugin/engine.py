@@ -71,10 +71,13 @@ class VLLMEngine(Engine):
         async def starting() -> AsyncLLM:
             return start(model, config, **options)
 
+        llm = None
         try:
             llm = loop.run(starting())
             return cls(llm, loop, owned=True)
         except BaseException:
+            if llm is not None:  # its processes would outlive us
+                llm.shutdown()
             loop.stop()
             raise
 
