@@ -110,7 +110,7 @@ class EngineModel(BaseModel):
     _config: BlendConfig = PrivateAttr()
     _lock: threading.RLock = PrivateAttr(default_factory=threading.RLock)
     _own: KVBlend | None = PrivateAttr(default=None)
-    _made_chat: Chat | None = PrivateAttr(default=None)
+    _made: tuple[Chat, tuple[KVBlend, dict[str, Any]]] | None = PrivateAttr(default=None)
     _prompts: OrderedDict[str, tuple[BlendReport, tuple[int, ...]]] = PrivateAttr(default_factory=OrderedDict)
 
     @model_validator(mode="before")
@@ -193,16 +193,17 @@ class EngineModel(BaseModel):
         texts = [text_of(document, document_prompt) for document in documents]
         return which_found(self.handle, report, texts, prompt)
 
-    def _make_chat(self, handle: KVBlend) -> Chat:
-        return Chat(handle)
+    def _chat_settings(self) -> dict[str, Any]:
+        """Arguments of ``Chat``, beside the handle."""
+        return {}
 
     @property
     def _chat(self) -> Chat:
         with self._lock:
-            handle = self.handle
-            if self._made_chat is None or self._made_chat.kv is not handle:
-                self._made_chat = self._make_chat(handle)
-            return self._made_chat
+            wanted = (self.handle, self._chat_settings())
+            if self._made is None or self._made[1] != wanted:
+                self._made = (Chat(wanted[0], **wanted[1]), wanted)
+            return self._made[0]
 
     def _remember(self, answer: ChatResult | ChatDelta) -> None:
         if answer.report is None:

@@ -21,9 +21,7 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from langchain_core.utils.pydantic import TypeBaseModel, is_basemodel_subclass
 from pydantic import BaseModel, Field, model_validator
 
-from kvblend_rag.chat import Chat
 from kvblend_rag.errors import ConfigError
-from kvblend_rag.kvblend import KVBlend
 from kvblend_rag.profile import profile_of
 from kvblend_rag.turn import ChatDelta
 from kvblend_rag.turn import ChatResult as Answer
@@ -111,8 +109,8 @@ class ChatKVBlend(EngineModel, BaseChatModel):
         params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
         return LangSmithParams(**{**params, "ls_provider": PROVIDER})
 
-    def _make_chat(self, handle: KVBlend) -> Chat:
-        return Chat(handle, tool_parser=self.tool_parser, reasoning_parser=self.reasoning_parser)
+    def _chat_settings(self) -> dict[str, Any]:
+        return {"tool_parser": self.tool_parser, "reasoning_parser": self.reasoning_parser}
 
     @classmethod
     def _call_options(cls) -> tuple[str, ...]:

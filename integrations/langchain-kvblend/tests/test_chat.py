@@ -636,11 +636,14 @@ def test_numbers_of_tokens_are_the_model_s(kv):
 
 
 def test_copies_and_configurable_fields(make_kv):
-    kv = make_kv(LONG)
+    kv = make_kv(LONG, parsers="vllm")
     llm = ChatKVBlend(kv=kv, temperature=0.1)
+    llm.invoke("hi")
     copied = llm.model_copy(update={"temperature": 0.9})
     copied.invoke("hi")
     assert settings_of(kv).temperature == 0.9
+    with pytest.raises(ConfigError, match="no_such"):
+        llm.model_copy(update={"tool_parser": "no_such"}).bind_tools([weather]).invoke("hi")
     free = llm.configurable_fields(temperature=ConfigurableField(id="t"))
     free.invoke("hi", {"configurable": {"t": 0.4}})
     assert settings_of(kv).temperature == 0.4

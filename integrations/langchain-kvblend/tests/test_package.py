@@ -137,3 +137,26 @@ def test_an_engine_handed_over_without_a_name(tmp_path):
         llm = ChatKVBlend(kv=kv)
         assert llm.model == "handed-over"
         assert llm._identifying_params["settings"]["fingerprint"] == "fake:handed-over"
+
+
+def test_the_readme_s_code(monkeypatch, tmp_path, words):
+    from langchain_core.documents import Document
+    from langchain_core.embeddings import DeterministicFakeEmbedding
+    from langchain_core.vectorstores import InMemoryVectorStore
+
+    from kvblend_rag.testing import FakeEngine
+
+    store_path = tmp_path / "store"
+    monkeypatch.setattr("kvblend_rag.kvblend._launch", lambda config: FakeEngine("Fine.", store_path=store_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kvblend.yaml").write_text(f"model: some/model\nstore_path: {store_path}\n")
+    readme = (Path(langchain_kvblend.__file__).parents[1] / "README.md").read_text()
+    names = {
+        "any_vector_store": InMemoryVectorStore(DeterministicFakeEmbedding(size=8)),
+        "chunks": [Document(words("ash")), Document(words("birch"))],
+    }
+    (code,) = [block.split("```")[0] for block in readme.split("```python\n")[1:]]
+    exec(code, names)
+    assert names["kv"].engine.ingested == 2
+    assert names["llm"].invoke("hi").content == "Fine."
+    names["kv"].close()
