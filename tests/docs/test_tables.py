@@ -1,0 +1,80 @@
+"""Tables made from code and result files are up to date, and hold what they should."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def generate() -> Any:
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_is_up_to_date(generate: Any) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert generate.with_blocks(text) == text, "run `python docs/generate.py`"
+
+
+def test_every_setting_is_described_with_its_default(generate: Any) -> None:
+    from kvblend_rag.config import BlendConfig
+
+    table = generate.configuration()
+    for field in dataclasses.fields(BlendConfig):
+        (row,) = (line for line in table.splitlines() if line.startswith(f"| `{field.name}` |"))
+        _, _, default, meaning, _ = (
+            row.split(" | ") if row.startswith(" |") else ["", *row.strip("| ").split(" | "), ""]
+        )
+        assert len(meaning) > 20, field.name
+        if field.default is not dataclasses.MISSING and field.name != "store_path":
+            assert json.loads(default.strip("`")) == field.default
+
+
+def test_request_options_are_the_codes() -> None:
+    from kvblend_rag import config
+
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", text, re.MULTILINE))
+    assert {name: listed[name] for name in config._REQUEST_OPTIONS} == config._REQUEST_OPTIONS
+
+
+def test_selectors_are_all_described() -> None:
+    from kvblend_rag.selectors import _BUILT_IN
+
+    text = (ROOT / "docs" / "budget.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in text for name in _BUILT_IN)
+
+
+def test_capacity_of_known_models(generate: Any) -> None:
+    rows = {line.split(" | ")[0].strip("| "): line for line in generate.capacity().splitlines()}
+    for model, kib in (("Qwen2.5-7B", 56), ("Llama-3.1-8B", 128), ("Qwen3-8B", 144), ("Llama-3.1-70B", 320)):
+        assert f"| {kib} KiB |" in rows[model]
+
+
+def test_a_result_file_becomes_a_table(generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spread = {"median": 1.5, "min": 1.0, "max": 2.0}
+    row = {"name": "question, 15%", "seconds": spread, "speedup": {**spread, "median": 4.25}}
+    row |= {f"{group}_tokens": 100 for group in ("prompt", "reused", "recomputed", "computed")}
+    result = {"command": "kvblend bench ttft --json /root/x/y.json", "rows": [row], "engine": {"dtype": "float32"}}
+    (tmp_path / "cpu-ttft.json").write_text(json.dumps(result))
+    (tmp_path / "other.json").write_text(json.dumps({"rate": 0.5, "machine": {"cpu": "x"}}))
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    shown = generate.results()
+    assert "| question, 15% | 100 |" in shown
+    assert "4.25" in shown
+    assert "/root" not in shown
+    assert "`rate`" in shown
+    assert "4.25" in generate.headline()
