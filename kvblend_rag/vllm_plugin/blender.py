@@ -61,14 +61,17 @@ class Blender:
             return Outcome(milliseconds=clock, fallback=failure or "another rank could not load its part of a chunk")
         selector = get_selector(job.recipe.selector)
         scored = 0
+        with _timed(clock, "load"):
+            self._loader.fetch(job.plan, chunks)
+            turns = Turns(job.plan, self._context_tokens, self._paged.device)
         if selector.needs <= {Evidence.LOADED}:
             with _timed(clock, "select"):
                 recomputed, mask = self._select(job, {})
             with _timed(clock, "load"):
-                self._load(job, chunks, left_out=mask)
+                self._place(job, turns, left_out=mask)
         else:
             with _timed(clock, "load"):
-                turns = self._load(job, chunks)
+                self._place(job, turns)
             with _timed(clock, "score"):
                 evidence, scored = self._gather(job, chunks, turns, selector.needs)
             with _timed(clock, "select"):
@@ -106,21 +109,18 @@ class Blender:
             )
         return kv, tier
 
-    def _load(self, job: BlendJob, chunks: Chunks, left_out: torch.Tensor | None = None) -> Turns:
-        """Start loading the reused tokens' KV, keys rotated to where they stand now.
+    def _place(self, job: BlendJob, turns: Turns, left_out: torch.Tensor | None = None) -> None:
+        """Start writing the reused tokens' KV, keys rotated to where they stand now.
 
         Args:
             job: the request.
-            chunks: those of its plan.
+            turns: its rotations.
             left_out: (reused tokens,) bool, tokens that will be recomputed.
         """
-        positions = torch.from_numpy(job.plan.reused_positions()[0])
-        slots = self._paged.slots(job.block_ids, positions)
+        slots = self._paged.host_slots(job.block_ids, torch.from_numpy(job.plan.reused_positions()[0]))
         if left_out is not None:
             slots = slots.masked_fill(left_out, -1)
-        turns = Turns(job.plan, self._context_tokens, self._paged.device)
-        self._loader.start(job.plan, chunks, slots, turns)
-        return turns
+        self._loader.place(slots, turns)
 
     def _gather(
         self, job: BlendJob, chunks: Chunks, turns: Turns, needs: frozenset[Evidence]
@@ -143,9 +143,9 @@ class Blender:
 
     def _select(self, job: BlendJob, evidence: dict[str, torch.Tensor]) -> tuple[list[tuple[int, int]], torch.Tensor]:
         """Prompt ranges to recompute, and the same as a mask over the reused tokens."""
-        given = SelectionInput.from_plan(
-            job.plan, job.recipe.ratio, job.recipe.span, device=self._paged.device, **evidence
-        )
+        # Without evidence there is nothing on the device to look at, and nothing to wait for.
+        device = self._paged.device if evidence else "cpu"
+        given = SelectionInput.from_plan(job.plan, job.recipe.ratio, job.recipe.span, device=device, **evidence)
         mask = self._ranks.same(get_selector(job.recipe.selector).select(given))
         return mask_to_ranges(given.positions, mask), mask
 

@@ -7,7 +7,7 @@ token on every backend, because it *is* vLLM's forward (vllm/v1/attention/backen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from vllm.forward_context import set_forward_context
 
 from kvblend_rag.blend.chunk import TokenIds
 from kvblend_rag.vllm_plugin import compat
-from kvblend_rag.vllm_plugin.paged_kv import PagedKV
+from kvblend_rag.vllm_plugin.paged_kv import BlockIds, PagedKV, to_device
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Row:
     """Positions ``[start, stop)`` of one request, one sequence to the attention backend."""
 
     token_ids: TokenIds
-    block_ids: Sequence[int]
+    block_ids: BlockIds
     start: int
     stop: int
 
@@ -94,17 +94,14 @@ class ScatteredForward:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         positions = torch.from_numpy(np.concatenate([np.arange(row.start, row.stop) for row in rows]))
         token_ids = np.concatenate([row.token_ids[row.start : row.stop] for row in rows])
-        slots, spans = [], np.split(positions.numpy(), offsets[1:-1])
-        for row, span in zip(rows, spans, strict=True):
-            slots.append(self._paged.slots(row.block_ids, torch.from_numpy(span)))
-        slot_mapping = torch.cat(slots)
+        slot_mapping = to_device(self._slots(rows, offsets, positions), device)
         seq_lens_cpu = torch.from_numpy(ends)
         offsets_cpu = torch.from_numpy(offsets)
-        positions = (positions + position_offset).to(device)
+        positions = to_device(positions + position_offset, device)
         common = {
-            "query_start_loc": offsets_cpu.to(device),
+            "query_start_loc": to_device(offsets_cpu, device),
             "query_start_loc_cpu": offsets_cpu,
-            "seq_lens": seq_lens_cpu.to(device),
+            "seq_lens": to_device(seq_lens_cpu, device),
             "seq_lens_cpu_upper_bound": seq_lens_cpu,
             "num_reqs": len(rows),
             "num_actual_tokens": len(token_ids),
@@ -131,11 +128,21 @@ class ScatteredForward:
         ):
             self._runner.model(
                 # int32: with int64 the compiled model returns wrong values and no error.
-                input_ids=torch.from_numpy(token_ids.astype(np.int32)).to(device),
+                input_ids=to_device(torch.from_numpy(token_ids.astype(np.int32)), device),
                 positions=positions,
                 intermediate_tensors=None,
                 inputs_embeds=None,
             )
+
+    def _slots(self, rows: list[Row], offsets: Any, positions: torch.Tensor) -> torch.Tensor:
+        """(tokens,) int64 on the host; rows of one request, which follow one another, in one go."""
+        parts = []
+        first = 0
+        for last, row in enumerate(rows):
+            if last + 1 == len(rows) or rows[last + 1].block_ids is not row.block_ids:
+                parts.append(self._paged.host_slots(row.block_ids, positions[offsets[first] : offsets[last + 1]]))
+                first = last + 1
+        return torch.cat(parts)
 
     def _block_table(self, rows: list[Row], kernel_block_size: int) -> torch.Tensor:
         """(rows, blocks) int32, in the backend's blocks, which may be smaller than the manager's."""
@@ -147,7 +154,7 @@ class ScatteredForward:
             table[index, :used] = row.block_ids[:used]
         if per_block > 1:
             table = (table[:, :, None] * per_block + np.arange(per_block, dtype=np.int32)).reshape(len(rows), -1)
-        return torch.from_numpy(table).to(self._paged.device)
+        return to_device(torch.from_numpy(table), self._paged.device)
 
 
 __all__ = ["Row", "ScatteredForward"]

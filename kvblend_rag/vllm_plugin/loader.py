@@ -12,7 +12,7 @@ import torch
 
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.blend.rope import Rotary, rotate, shift
-from kvblend_rag.vllm_plugin.paged_kv import AttentionLayer, PagedKV
+from kvblend_rag.vllm_plugin.paged_kv import AttentionLayer, PagedKV, to_device
 
 Chunks = dict[str, torch.Tensor]
 """By key: a chunk's KV, (layers, 2, tokens, kv_heads, head_dim) on the host."""
@@ -31,9 +31,9 @@ class Turns:
 
     def __init__(self, plan: BlendPlan, context_tokens: int, device: torch.device) -> None:
         runs = plan.runs
-        self._new = torch.cat([torch.arange(run.start, run.stop) for run in runs]).to(device)
+        self._new = to_device(torch.cat([torch.arange(run.start, run.stop) for run in runs]), device)
         stored = torch.cat([torch.arange(run.chunk_start, run.chunk_start + run.length) for run in runs])
-        self._stored = stored.to(device) + context_tokens
+        self._stored = to_device(stored + context_tokens, device)
         self._known: dict[tuple[int, bool], Turn] = {}
 
     def of(self, rotary: Rotary | None) -> Turn | None:
@@ -62,13 +62,15 @@ class Loader(ABC):
     """Brings the reused tokens' KV of one request at a time into the paged cache."""
 
     @abstractmethod
-    def start(self, plan: BlendPlan, chunks: Chunks, slots: torch.Tensor, turns: Turns) -> None:
-        """Begin.
+    def fetch(self, plan: BlendPlan, chunks: Chunks) -> None:
+        """Begin to bring the chunks that a plan names nearer, before it is known which tokens are wanted."""
+
+    @abstractmethod
+    def place(self, slots: torch.Tensor, turns: Turns) -> None:
+        """Begin to write what was fetched last.
 
         Args:
-            plan: which chunk tokens stand where.
-            chunks: every chunk that the plan names.
-            slots: (reused tokens,) int64; a token at −1 is left out, since it will be recomputed.
+            slots: (reused tokens,) int64, on the host; a token at −1 is left out, since it will be recomputed.
             turns: the request's rotations.
         """
 
@@ -82,17 +84,24 @@ class Loader(ABC):
 
 
 class DirectLoader(Loader):
-    """Loads everything before ``start`` returns, through the backend's own cache write."""
+    """Loads everything before ``place`` returns, through the backend's own cache write."""
 
     def __init__(self, paged: PagedKV) -> None:
         self._paged = paged
+        self._fetched: tuple[BlendPlan, Chunks]
 
-    def start(self, plan: BlendPlan, chunks: Chunks, slots: torch.Tensor, turns: Turns) -> None:
-        """See :meth:`Loader.start`."""
-        wanted = slots >= 0
+    def fetch(self, plan: BlendPlan, chunks: Chunks) -> None:
+        """See :meth:`Loader.fetch`."""
+        self._fetched = plan, chunks
+
+    def place(self, slots: torch.Tensor, turns: Turns) -> None:
+        """See :meth:`Loader.place`."""
+        plan, chunks = self._fetched
+        device_slots = slots.to(self._paged.device)
+        wanted = device_slots >= 0
         for index, layer in enumerate(self._paged.layers):
             keys, values = rotated(plan, chunks, turns, index, layer, self._paged.device)
-            self._paged.write(layer, keys[wanted], values[wanted], slots[wanted])
+            self._paged.write(layer, keys[wanted], values[wanted], device_slots[wanted])
 
     def wait(self, layer_name: str) -> None:
         """Nothing is under way."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
@@ -33,7 +35,7 @@ class BlendJob:
 
     request_id: str
     token_ids: TokenIds
-    block_ids: tuple[int, ...]
+    block_ids: npt.NDArray[np.int32]
     first: int
     plan: BlendPlan
     recipe: Recipe
@@ -48,7 +50,7 @@ class SaveJob:
     namespace: str
     token_ids: TokenIds
     start: int
-    block_ids: tuple[int, ...]
+    block_ids: npt.NDArray[np.int32]
 
     @property
     def stop(self) -> int:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvblend_rag.blend.rope import Rotary
+
+BlockIds: TypeAlias = npt.NDArray[np.int32]
+"""A request's blocks in order, (blocks,) int32, as vLLM's scheduler numbers them."""
 
 # Digits of this base survive in every cache dtype we serve (bfloat16 holds integers up to 256).
 _BASE = 64
@@ -28,6 +33,13 @@ class AttentionLayer:
     def cache(self) -> torch.Tensor:
         """(blocks, kv_heads, block_size, 2 * head_dim), strides and inner order as the backend likes."""
         return self.module.kv_cache
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on a device; on a GPU without waiting for the work ahead, as a copy of pageable memory would."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class PagedKV:
@@ -52,22 +64,27 @@ class PagedKV:
         self.token_rows = torch.equal(self._keys_at, plain) and torch.equal(self._values_at, plain + self.head_dim)
         """Whether a token's keys and values lie side by side in the cache's last dimension, as kernels want it."""
 
-    def slots(self, block_ids: Sequence[int], positions: torch.Tensor) -> torch.Tensor:
+    def slots(self, block_ids: BlockIds, positions: torch.Tensor) -> torch.Tensor:
         """(tokens,) int64 slot of each position of a request, given its block ids."""
-        table = torch.as_tensor(block_ids, dtype=torch.int64)
-        return (table[positions // self.block_size] * self.block_size + positions % self.block_size).to(self.device)
+        return to_device(self.host_slots(block_ids, positions), self.device)
+
+    def host_slots(self, block_ids: BlockIds, positions: torch.Tensor) -> torch.Tensor:
+        """``slots``, on the host."""
+        table = torch.from_numpy(block_ids.astype(np.int64))
+        return table[positions // self.block_size] * self.block_size + positions % self.block_size
 
     def write(self, layer: AttentionLayer, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         """Put keys and values, each (tokens, kv_heads, head_dim), into a layer's slots."""
         layer.module.impl.do_kv_cache_update(layer.module, keys.contiguous(), values.contiguous(), layer.cache, slots)
 
-    def table(self, block_ids: Sequence[int], tokens: int) -> torch.Tensor:
+    def table(self, block_ids: BlockIds, tokens: int) -> torch.Tensor:
         """(blocks,) int32: the cache's blocks that hold a request's first tokens, smaller than vLLM's on some."""
         per_block = self.block_size // self._rows
-        blocks = torch.as_tensor(block_ids[: -(-tokens // self.block_size)], dtype=torch.int32)
-        return (blocks[:, None] * per_block + torch.arange(per_block, dtype=torch.int32)).flatten().to(self.device)
+        blocks = torch.from_numpy(block_ids[: -(-tokens // self.block_size)])
+        kernel_blocks = (blocks[:, None] * per_block + torch.arange(per_block, dtype=torch.int32)).flatten()
+        return to_device(kernel_blocks, self.device)
 
-    def read(self, layer: AttentionLayer, block_ids: Sequence[int], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, layer: AttentionLayer, block_ids: BlockIds, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a request's first tokens, each (tokens, kv_heads, head_dim), out of a layer."""
         inside = self._flat(layer.cache[self.table(block_ids, tokens).long()])
 
@@ -112,4 +129,4 @@ class PagedKV:
         return blocks.reshape(blocks.shape[0], blocks.shape[1], -1)
 
 
-__all__ = ["AttentionLayer", "PagedKV"]
+__all__ = ["AttentionLayer", "BlockIds", "PagedKV", "to_device"]

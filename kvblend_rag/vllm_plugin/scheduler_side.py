@@ -145,7 +145,11 @@ class SchedulerSide:
             return
         first = blend.plan.prompt_tokens - 1 - external
         plan = blend.plan.clip(first, self._config.min_run)
-        self._jobs.append(BlendJob(request.request_id, blend.token_ids, tuple(block_ids), first, plan, blend.recipe))
+        self._jobs.append(
+            BlendJob(
+                request.request_id, blend.token_ids, np.array(block_ids, dtype=np.int32), first, plan, blend.recipe
+            )
+        )
         self._note(
             request.request_id,
             blended=True,
@@ -270,7 +274,7 @@ class SchedulerSide:
                         ingest.namespace,
                         saving.token_ids,
                         ingest.start,
-                        tuple(saving.blocks),
+                        np.array(saving.blocks, dtype=np.int32),
                     )
                 )
                 del self._savings[request_id]

@@ -16,7 +16,7 @@ from vllm import _custom_ops as ops
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.kernels.rotate_scatter import rotate_scatter
 from kvblend_rag.vllm_plugin.loader import Chunks, Loader, Turn, Turns
-from kvblend_rag.vllm_plugin.paged_kv import PagedKV
+from kvblend_rag.vllm_plugin.paged_kv import PagedKV, to_device
 
 _SLOT_BYTES = 128 << 20
 """Staged at a time: a layer of 32,000 tokens of an 8B model."""
@@ -43,14 +43,19 @@ class _Batch:
 
 @dataclass
 class _Load:
-    """A request on its way."""
+    """A request on its way: a layer after the other, and in each a batch after the other."""
 
     batches: list[_Batch]
     keys_at: torch.Tensor
     values_at: torch.Tensor
-    slots: torch.Tensor
-    turns: list[Turn | None]
     pinned: list[torch.Tensor]
+    first_slot: int
+    """Staging slot of the first batch of the first layer; the others follow in turn."""
+    copied: list[torch.cuda.Event] = field(default_factory=list)
+    """Recorded behind each copy that was sent off."""
+    slots: torch.Tensor | None = None
+    turns: list[Turn | None] = field(default_factory=list)
+    scattered: int = 0
     ready: list[torch.cuda.Event] = field(default_factory=list)
     """By layer that was sent off: recorded behind its scatter."""
 
@@ -67,34 +72,39 @@ class StreamLoader(Loader):
         elements = _SLOT_BYTES // paged.dtype.itemsize
         self._ring = [torch.empty(elements, dtype=paged.dtype, device=paged.device) for _ in range(_SLOTS)]
         self._free = [torch.cuda.Event() for _ in range(_SLOTS)]
-        self._next = 0
+        self._next_slot = 0
         self._load: _Load | None = None
         self._in_flight: deque[_Load] = deque()
 
-    def start(self, plan: BlendPlan, chunks: Chunks, slots: torch.Tensor, turns: Turns) -> None:
-        """See :meth:`Loader.start`."""
+    def fetch(self, plan: BlendPlan, chunks: Chunks) -> None:
+        """See :meth:`Loader.fetch`: as much as the staging ring holds."""
         self._let_go()
         # Chunks that didn't come from the memory tier are pageable: no asynchronous copy reads them.
         pinned = {key: kv if kv.is_pinned() else kv.pin_memory() for key, kv in chunks.items()}
         batches, keys_at, values_at = self._layout(plan, pinned)
+        device = self._paged.device
         self._load = _Load(
-            batches,
-            keys_at.to(self._paged.device),
-            values_at.to(self._paged.device),
-            slots,
-            [turns.of(layer.rotary) for layer in self._paged.layers],
-            list(pinned.values()),
+            batches, to_device(keys_at, device), to_device(values_at, device), list(pinned.values()), self._next_slot
         )
+        self._next_slot = (self._next_slot + len(batches) * len(self._paged.layers)) % _SLOTS
         self._in_flight.append(self._load)
+        self._copy_ahead(self._load)
+
+    def place(self, slots: torch.Tensor, turns: Turns) -> None:
+        """See :meth:`Loader.place`."""
+        load = self._load
+        assert load is not None
+        load.slots = to_device(slots, self._paged.device)
+        load.turns = [turns.of(layer.rotary) for layer in self._paged.layers]
         # What the tables are made of, and whoever used the blocks before, is ahead of us on this stream.
         self._scatters.wait_stream(torch.cuda.current_stream())
-        self._send(_AHEAD)
+        self._send(load, _AHEAD)
 
     def wait(self, layer_name: str) -> None:
         """See :meth:`Loader.wait`."""
         if self._load is not None:
             index = self._index[layer_name]
-            self._send(index + 1 + _AHEAD)
+            self._send(self._load, index + 1 + _AHEAD)
             torch.cuda.current_stream().wait_event(self._load.ready[index])
 
     def wait_for_all(self) -> None:
@@ -102,42 +112,52 @@ class StreamLoader(Loader):
         self.wait(self._paged.layers[-1].name)
         self._load = None
 
-    def _send(self, layers: int) -> None:
+    def _copy_ahead(self, load: _Load) -> None:
+        """Send off the copies that the staging ring has room for."""
+        total = len(load.batches) * len(self._paged.layers)
+        while len(load.copied) < min(load.scattered + _SLOTS, total):
+            index, which = divmod(len(load.copied), len(load.batches))
+            batch, slot = load.batches[which], (load.first_slot + len(load.copied)) % _SLOTS
+            copied = torch.cuda.Event()
+            with torch.cuda.stream(self._copies):
+                self._copies.wait_event(self._free[slot])
+                ops.swap_blocks_batch(
+                    batch.sources + index * batch.steps,
+                    batch.offsets + self._ring[slot].data_ptr(),
+                    batch.steps,
+                    is_src_access_order_any=True,
+                )
+                copied.record()
+            load.copied.append(copied)
+
+    def _send(self, load: _Load, layers: int) -> None:
         """Have the first so many layers of the request on their way."""
-        load = self._load
-        assert load is not None
         for index in range(len(load.ready), min(layers, len(self._paged.layers))):
-            layer, turn = self._paged.layers[index], load.turns[index]
             for batch in load.batches:
-                ring, free = self._ring[self._next], self._free[self._next]
-                self._next = (self._next + 1) % _SLOTS
-                copied = torch.cuda.Event()
-                with torch.cuda.stream(self._copies):
-                    self._copies.wait_event(free)
-                    ops.swap_blocks_batch(
-                        batch.sources + index * batch.steps,
-                        batch.offsets + ring.data_ptr(),
-                        batch.steps,
-                        is_src_access_order_any=True,
-                    )
-                    copied.record()
-                part = batch.tokens
-                with torch.cuda.stream(self._scatters):
-                    self._scatters.wait_event(copied)
-                    rotate_scatter(
-                        ring,
-                        load.keys_at[part],
-                        load.values_at[part],
-                        load.slots[part],
-                        None if turn is None else (turn[0][part], turn[1][part]),
-                        layer.rotary is not None and layer.rotary.interleaved,
-                        layer.cache,
-                    )
-                    free.record()
-            with torch.cuda.stream(self._scatters):
-                ready = torch.cuda.Event()
-                ready.record()
+                self._copy_ahead(load)
+                self._scatter(load, index, batch)
+            ready = torch.cuda.Event()
+            ready.record(self._scatters)
             load.ready.append(ready)
+        self._copy_ahead(load)
+
+    def _scatter(self, load: _Load, index: int, batch: _Batch) -> None:
+        assert load.slots is not None
+        layer, turn, part = self._paged.layers[index], load.turns[index], batch.tokens
+        slot = (load.first_slot + load.scattered) % _SLOTS
+        with torch.cuda.stream(self._scatters):
+            self._scatters.wait_event(load.copied[load.scattered])
+            rotate_scatter(
+                self._ring[slot],
+                load.keys_at[part],
+                load.values_at[part],
+                load.slots[part],
+                None if turn is None else (turn[0][part], turn[1][part]),
+                layer.rotary is not None and layer.rotary.interleaved,
+                layer.cache,
+            )
+            self._free[slot].record()
+        load.scattered += 1
 
     def _layout(self, plan: BlendPlan, chunks: Chunks) -> tuple[list[_Batch], torch.Tensor, torch.Tensor]:
         """Batches, and the element offsets of each reused token's keys and values in a staging slot."""

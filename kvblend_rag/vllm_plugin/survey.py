@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
@@ -114,12 +115,12 @@ def check_shift(layers: list[AttentionLayer], paged: PagedKV, forward: Scattered
     """
     count = _PROBE_TOKENS
     offset = min(_PROBE_SHIFT, config.model_config.max_model_len - count - 1)
-    blocks = range(1, 2 + count // paged.block_size)  # block 0 is the null block
+    blocks = np.arange(1, 2 + count // paged.block_size, dtype=np.int32)  # block 0 is the null block
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, config.model_config.get_vocab_size(), (count,), generator=generator)
-    row = Row(tokens.to(torch.int32).numpy(), list(blocks), 0, count)
+    row = Row(tokens.to(torch.int32).numpy(), blocks, 0, count)
     forward.run([row])
-    before = [paged.read(layer, list(blocks), count) for layer in layers]
+    before = [paged.read(layer, blocks, count) for layer in layers]
     forward.run([row], position_offset=offset)
     # What bfloat16 loses over a deep model's layers stays below a tenth; a wrong rotation is of order one.
     tolerance = 0.01 if paged.dtype == torch.float32 else 0.1
@@ -129,7 +130,7 @@ def check_shift(layers: list[AttentionLayer], paged: PagedKV, forward: Scattered
             cos, sin = shift(layer.rotary, here, here + offset)
             keys = rotate(keys, cos, sin, layer.rotary.interleaved)
         for what, expected, found in zip(
-            ("keys", "values"), (keys, values), paged.read(layer, list(blocks), count), strict=True
+            ("keys", "values"), (keys, values), paged.read(layer, blocks, count), strict=True
         ):
             error = (found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-6)
             if not error < tolerance:
