@@ -3,6 +3,7 @@
 #   make test      all tests that every change must pass
 #   make test-all  the whole matrix: compiled too, and both ends of the supported vLLM versions
 #   make lint      ruff, mypy and the import contracts
+#   make docs      the documentation, into docs/_build/html
 #   make bench     measures, and writes docs/results/
 #   make clean     removes what these leave behind; `make clean-all` also removes the environments
 
@@ -49,6 +50,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+.PHONY: docs
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 bench: $(READY)
 	$(BIN)/kvblend bench match --json docs/results/match.json
