@@ -58,6 +58,17 @@ def test_selectors_are_all_described() -> None:
     assert all(f"| `{name}` |" in text for name in _BUILT_IN)
 
 
+def test_counts_in_the_text_are_the_demos() -> None:
+    import inspect
+
+    from kvblend_rag.commands import demo
+    from kvblend_rag.demo.library import load_documents
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"precomputes {len(load_documents())} document sections" in readme
+    assert f"asks {inspect.signature(demo.run).parameters['questions'].default} questions" in readme
+
+
 def test_capacity_of_known_models(generate: Any) -> None:
     rows = {line.split(" | ")[0].strip("| "): line for line in generate.capacity().splitlines()}
     for model, kib in (("Qwen2.5-7B", 56), ("Llama-3.1-8B", 128), ("Qwen3-8B", 144), ("Llama-3.1-70B", 320)):
