@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import llama_index.core
 import pytest
 from llama_index.core import Settings
 from llama_index.core.embeddings import BaseEmbedding
@@ -52,8 +54,10 @@ class WordEmbedding(BaseEmbedding):
 def embeddings() -> Iterator[WordEmbedding]:
     """LlamaIndex's settings are global: put back what a test leaves there."""
     before = {name: getattr(Settings, name) for name in ("_llm", "_embed_model", "_tokenizer", "_prompt_helper")}
+    counting = llama_index.core.global_tokenizer
     Settings.embed_model = embedding = WordEmbedding()
     yield embedding
+    llama_index.core.global_tokenizer = counting
     for name, value in before.items():
         setattr(Settings, name, value)
 
@@ -117,3 +121,25 @@ def tokenizers(documents: list[Document]) -> dict[str, Any]:
         )
         made[name].chat_template = _CHATML
     return made
+
+
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVBlend]:
+    """The bundled reader in vLLM; about half a minute to start."""
+    pytest.importorskip("vllm")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from kvblend_rag.demo.reader import prepare_reader
+
+    kv = KVBlend.from_config(
+        model=str(prepare_reader(progress=False)),
+        store_path=str(tmp_path_factory.mktemp("reader") / "store"),
+        engine_args={
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 2048,
+            "max_num_seqs": 8,
+            "kv_cache_memory_bytes": 1 << 28,
+        },
+    )
+    yield kv
+    kv.close()

@@ -80,8 +80,8 @@ def test_a_blocking_stream_that_is_left_frees_its_request(kv_of) -> None:
 
 
 async def test_many_at_once_become_one_batch(kv_of) -> None:
-    kv = kv_of("Yes.", delay=0.02)
+    kv = kv_of(LONG, delay=0.02)
     llm = KVBlendLLM(kv=kv)
     answers = await asyncio.gather(*(llm.acomplete(f"Question {number}") for number in range(32)))
-    assert [answer.text for answer in answers] == ["Yes."] * 32
+    assert [answer.text for answer in answers] == [LONG] * 32
     assert kv.engine.peak == 32

@@ -24,9 +24,14 @@ def index_of(kv, documents) -> VectorStoreIndex:
     return VectorStoreIndex.from_documents(documents, storage_context=storage)
 
 
-@pytest.fixture(params=["byte-pair", "sentencepiece", "words", "words with a dummy space"])
+@pytest.fixture(params=["byte-pair", "sentencepiece"])
 def tokenizer(request: pytest.FixtureRequest, tokenizers: dict[str, Any]) -> Any:
-    return tokenizers.get(request.param) or WordTokenizer(dummy_space="dummy" in request.param)
+    return tokenizers[request.param]
+
+
+@pytest.fixture(scope="session")
+def documents(documents) -> list[Any]:
+    return documents[:12]
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
@@ -37,6 +37,8 @@ from kvblend_rag.errors import ConfigError
 from kvblend_rag.kvblend import KVBlend
 from kvblend_rag.shared import release_handle, shared_handle
 from kvblend_rag.turn import ChatDelta
+
+R = TypeVar("R", ChatResponse, CompletionResponse)
 
 _OWN_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "max_tokens")
 _OF_A_TURN = ("tools", "tool_choice", "parallel_tool_calls", "template", "blend", "timeout")
@@ -392,7 +394,9 @@ def _user(prompt: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": prompt}]
 
 
-def _growing(model: str, deltas: Iterator[ChatDelta], form: Callable[[Answer, ChatDelta], Any]) -> Any:
+def _growing(
+    model: str, deltas: Iterator[ChatDelta], form: Callable[[Answer, ChatDelta], R]
+) -> Generator[R, None, None]:
     answer = Answer(model)
     with closing(cast(Any, deltas)):
         for delta in deltas:
@@ -400,7 +404,9 @@ def _growing(model: str, deltas: Iterator[ChatDelta], form: Callable[[Answer, Ch
             yield form(answer, delta)
 
 
-async def _agrowing(model: str, deltas: AsyncIterator[ChatDelta], form: Callable[[Answer, ChatDelta], Any]) -> Any:
+async def _agrowing(
+    model: str, deltas: AsyncIterator[ChatDelta], form: Callable[[Answer, ChatDelta], R]
+) -> AsyncGenerator[R, None]:
     answer = Answer(model)
     async with aclosing(cast(Any, deltas)):
         async for delta in deltas:

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from llama_index.core import instrumentation
 from llama_index.core.base.llms.types import ChatResponse, CompletionResponse
 from llama_index.core.bridge.pydantic import PrivateAttr
-from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.llm import LLMChatEndEvent, LLMCompletionEndEvent
 from llama_index.core.schema import BaseNode, NodeWithScore
@@ -35,9 +35,9 @@ def found_nodes(
     texts = [prompt_text(node) for node in nodes]
     several = [answers] if isinstance(answers, (ChatResponse, CompletionResponse)) else answers
     uses = [
-        which_found(handle_of(kv), answer.raw["report"], texts, answer.raw["prompt_token_ids"])
+        which_found(handle_of(kv), raw["report"], texts, raw["prompt_token_ids"])
         for answer in several
-        if _is_ours(answer)
+        if (raw := _ours(answer)) is not None
     ]
     if not uses:
         raise ValueError("None of these answers came from a KVBlendLLM and to its end.")
@@ -53,7 +53,7 @@ def watch_answers() -> Iterator[list[Response]]:
     >>> found_nodes(kv, answers, response.source_nodes)
     """
     handler = _Collector()
-    handlers = get_dispatcher().event_handlers
+    handlers = instrumentation.get_dispatcher().event_handlers  # type: ignore[attr-defined]
     handlers.append(handler)
     try:
         yield handler.answers
@@ -69,13 +69,15 @@ class _Collector(BaseEventHandler):
         return self._answers
 
     def handle(self, event: Any, **kwargs: Any) -> None:
-        if isinstance(event, (LLMChatEndEvent, LLMCompletionEndEvent)) and _is_ours(event.response):
-            self._answers.append(event.response)
+        answer = event.response if isinstance(event, (LLMChatEndEvent, LLMCompletionEndEvent)) else None
+        if answer is not None and _ours(answer) is not None:
+            self._answers.append(answer)
 
 
-def _is_ours(answer: Any) -> bool:
-    raw = getattr(answer, "raw", None)
-    return isinstance(raw, dict) and "report" in raw and "prompt_token_ids" in raw
+def _ours(answer: Response) -> dict[str, Any] | None:
+    """The raw part of a finished answer of ours."""
+    raw = answer.raw
+    return raw if isinstance(raw, dict) and "report" in raw and "prompt_token_ids" in raw else None
 
 
 __all__ = ["found_nodes", "watch_answers"]
