@@ -135,6 +135,45 @@ def _ttft_rows(result: dict[str, Any]) -> str:
     )
 
 
+def is_gpu(result: dict[str, Any]) -> bool:
+    """Whether a result file is one of `tests/gpu/ttft.py`: by prompt length and arm."""
+    arms = next(iter(result.get("results", {}).values()), None) if isinstance(result.get("results"), dict) else None
+    return isinstance(arms, dict) and "median_ms" in arms.get("plain", {})
+
+
+def _gpu_rows(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{int(length):,}",
+            name,
+            *(f"{arm['tokens'][f'{group}_tokens']:,}" for group in ("cached", "reused", "recomputed", "computed")),
+            f"{arm['median_ms']:,.0f} ({arm['min_ms']:,.0f} to {arm['max_ms']:,.0f})",
+            f"{arm['speedup']:.2f}",
+        ]
+        for length, arms in result["results"].items()
+        for name, arm in arms.items()
+    ]
+    groups = ["cached", "reused", "recomputed", "computed"]
+    return table(["prompt", "", *groups, "TTFT, ms: median (min to max)", "plain / this"], rows)
+
+
+_GPU_ARMS = ("plain", "question 10 %, spans of 64", "first 10 %, spans of 64", "reuse only", "prefix hit")
+
+
+def _gpu_summary(results: list[dict[str, Any]]) -> str:
+    """A line a shape and length; the ratio to plain in brackets."""
+    rows = []
+    for result in results:
+        for length, arms in result["results"].items():
+            cells = [
+                f"{arms[name]['median_ms']:,.0f}" + ("" if name == "plain" else f" ({arms[name]['speedup']:.1f}×)")
+                for name in _GPU_ARMS
+                if name in arms
+            ]
+            rows.append([str(result["shape"]), f"{int(length):,}", *cells])
+    return table(["shape", "prompt", *(f"{name}, ms" for name in _GPU_ARMS)], rows)
+
+
 def _flat(value: Any, prefix: str = "") -> list[list[str]]:
     """Numbers and short texts of a result of an unknown kind, by their path."""
     rows: list[list[str]] = []
@@ -161,6 +200,9 @@ def results() -> str:
             parts.append(f"{facts}\n")
         if is_ttft(result):
             parts.append(_ttft_rows(result))
+        elif is_gpu(result):
+            parts.append("Random weights in the model's shape: speed only.\n")
+            parts.append(_gpu_rows(result))
         else:
             skipped = ("machine", "engine", "command")
             rest = _flat({key: value for key, value in result.items() if key not in skipped})
@@ -169,18 +211,29 @@ def results() -> str:
 
 
 def headline() -> str:
-    """The README's figures: one line a measured time to first token, with its command."""
-    lines = []
-    for name, result in _loaded():
-        if not is_ttft(result):
-            continue
-        lines.append(f"From `docs/results/{name}` (`{_plain(result.get('command', 'no command recorded'))}`):\n")
-        lines.append(_ttft_rows(result))
-    if not any("gpu" in name for name, _ in _loaded()):
-        lines.append("GPU: no result file yet (`docs/results/gpu-*.json`).\n")
-    if len(lines) == 1:
-        lines.insert(0, "CPU: no result file yet (`docs/results/*.json`).\n")
-    return "\n".join(lines)
+    """The README's figures: measured times to first token, with their commands."""
+    loaded = _loaded()
+    parts = []
+    for name, result in loaded:
+        if is_ttft(result):
+            parts.append(f"From `docs/results/{name}` (`{_plain(result.get('command', 'no command recorded'))}`):\n")
+            parts.append(_ttft_rows(result))
+    if not parts:
+        parts.append("CPU: no result file yet (`docs/results/*.json`).\n")
+    gpu = [(name, result) for name, result in loaded if is_gpu(result)]
+    if gpu:
+        first = gpu[0][1]
+        machine = first["machine"]["gpu"]
+        parts.append(
+            f"{machine}, {first['engine']}, {first['dtype']}, random weights in the shapes of known models (speed only); "
+            "median TTFT, and in brackets how many times sooner than plain. A prefix hit is what no method beats.\n"
+        )
+        parts.append(_gpu_summary([result for _, result in gpu]))
+        commands = "; ".join(f"`{_plain(result['command'])}`" for _, result in gpu)
+        parts.append(f"Again with: {commands}. All arms: `docs/results/gpu-ttft-*.json`.\n")
+    else:
+        parts.append("GPU: no result file yet (`docs/results/gpu-*.json`).\n")
+    return "\n".join(parts)
 
 
 BLOCKS = {"configuration": configuration, "results": headline}
