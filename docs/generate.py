@@ -225,8 +225,8 @@ def headline() -> str:
         first = gpu[0][1]
         machine = first["machine"]["gpu"]
         parts.append(
-            f"{machine}, {first['engine']}, {first['dtype']}, random weights in the shapes of known models (speed only); "
-            "median TTFT, and in brackets how many times sooner than plain. A prefix hit is what no method beats.\n"
+            f"{machine}, {first['engine']}, {first['dtype']}, random weights in the shapes of known models "
+            "(speed only); median TTFT, and in brackets how many times sooner than plain. A prefix hit is what no method beats.\n"
         )
         parts.append(_gpu_summary([result for _, result in gpu]))
         commands = "; ".join(f"`{_plain(result['command'])}`" for _, result in gpu)
