@@ -9,18 +9,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvblend_rag.chat import Chat
     from kvblend_rag.config import BlendConfig
+    from kvblend_rag.documents import DocumentSync, which_found
     from kvblend_rag.ingest import IngestReport
     from kvblend_rag.kvblend import KVBlend
     from kvblend_rag.llm import LLM
     from kvblend_rag.offline import OfflineKVPreCompute, close_engine, combine_input_prompt_chunks
     from kvblend_rag.output import CompletionOutput, RequestMetrics, RequestOutput
     from kvblend_rag.report import BlendReport
+    from kvblend_rag.sampling import Sampling
     from kvblend_rag.vllm_plugin.engine import SamplingParams, connector_arguments
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Chat": "chat",
+    "DocumentSync": "documents",
+    "Sampling": "sampling",
+    "which_found": "documents",
     "BlendConfig": "config",
     "BlendReport": "report",
     "CompletionOutput": "output",
@@ -58,14 +65,18 @@ __all__ = [
     "LLM",
     "BlendConfig",
     "BlendReport",
+    "Chat",
     "CompletionOutput",
+    "DocumentSync",
     "IngestReport",
     "KVBlend",
     "OfflineKVPreCompute",
     "RequestMetrics",
     "RequestOutput",
+    "Sampling",
     "SamplingParams",
     "close_engine",
     "combine_input_prompt_chunks",
     "connector_arguments",
+    "which_found",
 ]

@@ -147,10 +147,12 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, blend=blend)
 
     def render(self, messages: Sequence[Message], **template: Any) -> list[int]:
-        """The token ids of a conversation, as vLLM's chat endpoint would make them."""
-        options = {"add_generation_prompt": True, **template}
-        text = self.get_tokenizer().apply_chat_template([dict(each) for each in messages], tokenize=False, **options)
-        return [int(token) for token in self.get_tokenizer().encode(text, add_special_tokens=False)]
+        """The token ids of a conversation, as vLLM's chat endpoint would make them.
+
+        Raises:
+            ConfigError: there is no chat template, or it does not take these messages.
+        """
+        return self.kvblend.engine.render(messages, **template)
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer."""

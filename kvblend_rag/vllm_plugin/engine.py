@@ -184,7 +184,7 @@ class VLLMEngine(Engine):
         options: dict[str, Any] | None,
         extra: dict[str, Any],
     ) -> AsyncIterator[RequestOutput]:
-        params = (sampling_params or SamplingParams()).clone()
+        params = (sampling_params or SamplingParams.from_optional(**self._defaults)).clone()
         if options:
             given = dict(params.extra_args or {})
             transfer = dict(given.get("kv_transfer_params") or {})
