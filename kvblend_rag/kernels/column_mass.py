@@ -45,9 +45,7 @@ def _logits(
     )
     block = tl.load(table + key // block_size, mask=key < keys, other=0).to(tl.int64)
     where = block * block_stride + (key % block_size) * token_stride + kv_head * head_stride
-    k = tl.load(
-        cache + where[None, :] + dim[:, None], mask=(key < keys)[None, :] & (dim < DIM)[:, None], other=0.0
-    )
+    k = tl.load(cache + where[None, :] + dim[:, None], mask=(key < keys)[None, :] & (dim < DIM)[:, None], other=0.0)
     limit = tl.load(limits + row, mask=row < rows, other=-1)
     seen = (key[None, :] <= limit[:, None]) & (key < keys)[None, :]
     return tl.where(seen, tl.dot(q, k) * scale, float("-inf"))

@@ -67,9 +67,7 @@ class SelectionInput:
         for name in ("run", "question_mass", "last_mass", "key_deviation", "value_deviation"):
             given = getattr(self, name)
             if given is not None and given.shape != self.positions.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(given.shape)}, and positions {tuple(self.positions.shape)}."
-                )
+                raise ValueError(f"{name} has shape {tuple(given.shape)}, and positions {tuple(self.positions.shape)}.")
 
     @classmethod
     def from_plan(

@@ -58,9 +58,7 @@ class Catalogue:
         self._database = Database(layout, tables.SCHEMA)
         self._seen: int | None = None
 
-    def add(
-        self, key: str, namespace: str, token_ids: TokenIds, rank: int, shard_count: int, nbytes: int
-    ) -> None:
+    def add(self, key: str, namespace: str, token_ids: TokenIds, rank: int, shard_count: int, nbytes: int) -> None:
         """Register a rank's part of a chunk, whose file is durable; the last rank makes it visible."""
         self.add_rows([ChunkRow(key, namespace, token_ids, rank, shard_count, nbytes)])
 
@@ -74,9 +72,7 @@ class Catalogue:
         """Those of the keys, in their order, that aren't registered by all their ranks."""
         keys = list(dict.fromkeys(keys))
         with self._database.reading() as sql:
-            found = sql.execute(
-                f"SELECT key FROM chunk WHERE complete AND {tables.AMONG}", (json.dumps(keys),)
-            )
+            found = sql.execute(f"SELECT key FROM chunk WHERE complete AND {tables.AMONG}", (json.dumps(keys),))
             present = {key for (key,) in found}
         return [key for key in keys if key not in present]
 
@@ -164,11 +160,7 @@ class Catalogue:
                 (namespace, 0 if reset else cursor),
             ).fetchall()
         self._seen = version
-        read = (
-            (key, tables.token_ids(key, namespace, blob, sum_))
-            for key, present, blob, sum_ in rows
-            if present
-        )
+        read = ((key, tables.token_ids(key, namespace, blob, sum_)) for key, present, blob, sum_ in rows if present)
         return Changes(
             added=[(key, token_ids) for key, token_ids in read if token_ids.size],
             removed=[key for key, present, *_ in rows if not present] if cursor and not reset else [],
@@ -191,8 +183,7 @@ class Catalogue:
                 "SELECT coalesce(sum(nbytes), 0) FROM shard JOIN chunk USING (key) WHERE complete"
             ).fetchone()
             (documents,) = sql.execute(
-                "SELECT count(*) FROM"
-                " (SELECT DISTINCT tenant, document_id FROM document WHERE document_id <> ?)",
+                "SELECT count(*) FROM (SELECT DISTINCT tenant, document_id FROM document WHERE document_id <> ?)",
                 (ANONYMOUS,),
             ).fetchone()
         return {

@@ -58,9 +58,7 @@ class CheckResult:
             done = "Put aside and rebuilt from the chunk files; documents must be registered again."
             lines.append(done if self.repaired else self.catalogue_problem)
         lines += [
-            f"{count} {what}{f': {done}' if self.repaired else ''}."
-            for count, what, done in self._findings()
-            if count
+            f"{count} {what}{f': {done}' if self.repaired else ''}." for count, what, done in self._findings() if count
         ]
         return lines
 
@@ -169,9 +167,7 @@ def _open_catalogue(layout: StoreLayout, result: CheckResult) -> Catalogue | Non
     return catalogue
 
 
-def _compare(
-    layout: StoreLayout, sound: dict[Place, ChunkRow], rows: list[ChunkRow], result: CheckResult
-) -> None:
+def _compare(layout: StoreLayout, sound: dict[Place, ChunkRow], rows: list[ChunkRow], result: CheckResult) -> None:
     unlisted = dict(sound)
     for row in rows:
         place = (row.key, (row.rank, row.shard_count))
@@ -196,9 +192,7 @@ def _drop_broken(layout: StoreLayout, catalogue: Catalogue, result: CheckResult)
             stores[shard].read(key)
 
 
-def _list_again(
-    layout: StoreLayout, catalogue: Catalogue, sound: dict[Place, ChunkRow], result: CheckResult
-) -> None:
+def _list_again(layout: StoreLayout, catalogue: Catalogue, sound: dict[Place, ChunkRow], result: CheckResult) -> None:
     catalogue.remove(result.damaged_rows)
     ranks = {row.key: row.shard_count for row in catalogue.rows()}
     listed = {(row.key, (row.rank, row.shard_count)) for row in catalogue.rows()}

@@ -46,9 +46,7 @@ def encode_chunk(layout: StoreLayout, chunk: StoredChunk, shard: Shard) -> list[
     token_ids = np.ascontiguousarray(chunk.token_ids, dtype="<i4")
     if kv.device.type != "cpu" or kv.dtype not in _DTYPE_NAMES:
         known = ", ".join(map(str, _DTYPE_NAMES))
-        raise StoreError(
-            f"A {kv.dtype} tensor on {kv.device} can't be stored: give one of {known} on the host."
-        )
+        raise StoreError(f"A {kv.dtype} tensor on {kv.device} can't be stored: give one of {known} on the host.")
     if kv.ndim != 5 or kv.shape[1] != 2 or token_ids.shape != (kv.shape[2],):
         raise StoreError(
             f"KV of shape {tuple(kv.shape)} for {token_ids.size} tokens can't be stored: "

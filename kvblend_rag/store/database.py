@@ -92,9 +92,7 @@ class Database:
             self._writer.close()
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
-        )
+        connection = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         return connection
@@ -112,13 +110,10 @@ class Database:
         if "is full" in text:
             return StoreFull(f"No space is left for {self._path}: free some, or choose another store_path.")
         if "locked" in text:
-            return StoreError(
-                f"{self._path} has been locked for {_BUSY_S:.0f} s by another process: try again."
-            )
+            return StoreError(f"{self._path} has been locked for {_BUSY_S:.0f} s by another process: try again.")
         if "readonly" in text or "unable to open" in text:
             return StoreError(
-                f"{self._path} can't be written: give this user write permission, "
-                "or choose another store_path."
+                f"{self._path} can't be written: give this user write permission, or choose another store_path."
             )
         if "closed" in text:
             return StoreError(f"{self._path} was closed: open the store again.")

@@ -58,8 +58,7 @@ class DiskStore(ChunkStore):
         nbytes = sum(map(len, parts))
         if self._max_bytes is not None and nbytes > self._max_bytes:
             raise StoreFull(
-                f"A chunk file of {nbytes:,} bytes doesn't fit into a store of {self._max_bytes:,}: "
-                "raise max_disk_gb."
+                f"A chunk file of {nbytes:,} bytes doesn't fit into a store of {self._max_bytes:,}: raise max_disk_gb."
             )
         self._shrink(room=nbytes)
         write_chunk(self._layout, path, parts)

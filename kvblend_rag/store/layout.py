@@ -176,9 +176,7 @@ def mark_used(file: Path | int) -> None:
 def store_error(error: OSError, path: Path, verb: str) -> StoreError:
     """What an operating-system error means for the store: what is wrong and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StoreFull(
-            f"No space is left for {path}: free some, lower max_disk_gb, or choose another store_path."
-        )
+        return StoreFull(f"No space is left for {path}: free some, lower max_disk_gb, or choose another store_path.")
     advice = "check the device and the path."
     if error.errno in (errno.EACCES, errno.EPERM):
         advice = "give this user write permission, or choose another store_path."

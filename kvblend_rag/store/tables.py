@@ -55,8 +55,7 @@ def add(sql: sqlite3.Connection, row: ChunkRow) -> None:
     """Register a rank's part of a chunk; the last of its ranks makes it visible."""
     if not 0 <= row.rank < row.shard_count or not len(row.token_ids):
         raise StoreError(
-            f"Chunk {row.key} can't be listed as rank {row.rank} of {row.shard_count}"
-            f" with {len(row.token_ids)} tokens."
+            f"Chunk {row.key} can't be listed as rank {row.rank} of {row.shard_count} with {len(row.token_ids)} tokens."
         )
     blob = as_token_ids(row.token_ids).tobytes()
     checksum = _checksum(row.key, row.namespace, blob)

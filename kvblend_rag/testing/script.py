@@ -71,9 +71,7 @@ class ScriptedAnswer:
             index=index,
             text="".join(text for _, text in shown),
             token_ids=tuple(token for token, _ in shown),
-            logprobs=[
-                {token: FakeLogprob(logprob=-0.5, rank=1, decoded_token=text)} for token, text in shown
-            ]
+            logprobs=[{token: FakeLogprob(logprob=-0.5, rank=1, decoded_token=text)} for token, text in shown]
             if wanted
             else None,
             finish_reason=self.finish_reason if done else None,

@@ -110,13 +110,4 @@ class DirectLoader(Loader):
         """Nothing is under way."""
 
 
-def make_loader(paged: PagedKV) -> Loader:
-    """The fastest loader that this device and cache layout allow."""
-    if paged.device.type == "cuda" and paged.token_rows:
-        from kvblend_rag.vllm_plugin.stream_loader import StreamLoader
-
-        return StreamLoader(paged)
-    return DirectLoader(paged)
-
-
-__all__ = ["Chunks", "DirectLoader", "Loader", "Turns", "make_loader", "rotated"]
+__all__ = ["Chunks", "DirectLoader", "Loader", "Turns", "rotated"]

@@ -18,7 +18,7 @@ from kvblend_rag.vllm_plugin import compat
 from kvblend_rag.vllm_plugin.blender import Blender
 from kvblend_rag.vllm_plugin.forward import ScatteredForward
 from kvblend_rag.vllm_plugin.identity import fingerprint
-from kvblend_rag.vllm_plugin.loader import make_loader
+from kvblend_rag.vllm_plugin.loader import DirectLoader, Loader
 from kvblend_rag.vllm_plugin.metadata import BlendJob, Handshake, Outcome, SaveJob, StepOutcome
 from kvblend_rag.vllm_plugin.paged_kv import PagedKV
 from kvblend_rag.vllm_plugin.ranks import Ranks
@@ -140,11 +140,21 @@ class WorkerSide:
             shard = (ranks.rank, ranks.size)
             self._store = open_store(self._config, shard, pin=self._paged.device.type == "cuda")
             self._writer = Writer(self._store, open_catalogue(self._config), shard)
-            self._blender = Blender(self._paged, forward, make_loader(self._paged), self._store, len(context), ranks)
+            loader = _fastest_loader(self._paged)
+            self._blender = Blender(self._paged, forward, loader, self._store, len(context), ranks)
         except (Refused, ValueError, KVBlendError) as error:
             refusal = str(error).rstrip(".")
             logger.warning("kvblend does not blend: %s.", refusal)
         return Handshake(identity, tuple(context), refusal, ranks.rank, ranks.size)
+
+
+def _fastest_loader(paged: PagedKV) -> Loader:
+    """The fastest that this device and cache layout allow."""
+    if paged.device.type == "cuda" and paged.token_rows:
+        from kvblend_rag.vllm_plugin.stream_loader import StreamLoader  # needs Triton
+
+        return StreamLoader(paged)
+    return DirectLoader(paged)
 
 
 __all__ = ["WorkerSide"]

@@ -40,9 +40,9 @@ def test_the_groups_add_up(drawn, first, min_run, ratio):
         positions, number = plan.reused_positions()
         assert positions.shape == number.shape == (plan.reused_tokens,)
         assert positions.tolist() == [p for run in plan.runs for p in range(run.start, run.stop)]
-        assert [
-            plan.runs[i].start <= p < plan.runs[i].stop for p, i in zip(positions, number, strict=True)
-        ] == [True] * len(positions)
+        assert [plan.runs[i].start <= p < plan.runs[i].stop for p, i in zip(positions, number, strict=True)] == [
+            True
+        ] * len(positions)
         assert 0 <= plan.budget(ratio) <= ratio * plan.reused_tokens + 1e-6
         for part in plan.runs:
             (origin,) = (run for run in runs if run.start <= part.start < run.stop)

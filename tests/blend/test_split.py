@@ -14,9 +14,7 @@ def words(text):
 
 def long_text(paragraphs, sentences=6):
     sentence = "The quick brown fox number {0} jumps over the lazy dog, and rests. "
-    return "\n\n".join(
-        "".join(sentence.format(i) for i in range(sentences)).strip() for _ in range(paragraphs)
-    )
+    return "\n\n".join("".join(sentence.format(i) for i in range(sentences)).strip() for _ in range(paragraphs))
 
 
 pieces_of_text = st.sampled_from(

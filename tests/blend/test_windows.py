@@ -39,9 +39,7 @@ def test_every_entry_is_found_however_it_came_in(batches):
         wanted = np.arange(4000, dtype=np.uint64)
         found = {}
         for at, low, high in zip(*table.find(wanted), strict=True):
-            found.setdefault(int(at), []).extend(
-                zip(*(x.tolist() for x in table.places(low, high)), strict=True)
-            )
+            found.setdefault(int(at), []).extend(zip(*(x.tolist() for x in table.places(low, high)), strict=True))
         expected = {}
         for value, slot, offset in zip(
             hashes[keep].tolist(), slots[keep].tolist(), offsets[keep].tolist(), strict=True

@@ -29,9 +29,7 @@ def given_for(lengths, budget, span=4, seed=0, gap=3):
         name: torch.rand(len(run), generator=random)
         for name in ("question_mass", "last_mass", "key_deviation", "value_deviation")
     }
-    return SelectionInput(
-        positions=torch.arange(len(run)) + gap * run, run=run, budget=budget, span=span, **evidence
-    )
+    return SelectionInput(positions=torch.arange(len(run)) + gap * run, run=run, budget=budget, span=span, **evidence)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

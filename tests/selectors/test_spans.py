@@ -27,9 +27,7 @@ def expected(scores, lengths, budget, span):
     return mask
 
 
-@given(
-    st.lists(st.integers(1, 40), max_size=6), st.integers(0, 150), st.integers(1, 20), st.integers(0, 10**6)
-)
+@given(st.lists(st.integers(1, 40), max_size=6), st.integers(0, 150), st.integers(1, 20), st.integers(0, 10**6))
 @settings(max_examples=200, deadline=None)
 def test_spans_are_chosen_as_defined(lengths, budget, span, seed):
     run = runs_of(lengths)

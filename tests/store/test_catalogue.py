@@ -214,9 +214,7 @@ def test_against_a_model(tmp_path_factory, steps):
             before, holds[document] = holds.get(document, set()), {name}
             assert set(catalogue.replace_holds(document, [name])) == unheld(before)
         visible = {number for number, known in ranks.items() if len(known) == 2}
-        assert set(catalogue.missing([key(n) for n in range(6)])) == {
-            key(n) for n in range(6) if n not in visible
-        }
+        assert set(catalogue.missing([key(n) for n in range(6)])) == {key(n) for n in range(6) if n not in visible}
     follow()
     assert followed == {key(n): row(n).token_ids.tolist() for n in visible} if steps else not followed
     assert {name for name, _ in reader.changes_since(0, SPACE).added} == set(followed)

@@ -115,9 +115,7 @@ def test_all_ranks_of_a_chunk_leave_together(make, opened, ingest):
     for number in range(3):
         for rank, (store, catalogue) in enumerate(ranks):
             ingest(store, catalogue, make(number, rank=rank), "doc", rank, 2)
-    assert [[store.contains(make(n).key) for n in range(3)] for store, _ in ranks] == [
-        [False, True, True]
-    ] * 2
+    assert [[store.contains(make(n).key) for n in range(3)] for store, _ in ranks] == [[False, True, True]] * 2
     assert ranks[0][1].missing([make(n).key for n in range(3)]) == [make(0).key]
     assert torch.equal(ranks[1][0].get(make(2).key), make(2, rank=1).kv)
 
