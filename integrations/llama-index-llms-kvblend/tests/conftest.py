@@ -123,7 +123,7 @@ def tokenizers(documents: list[Document]) -> dict[str, Any]:
     return made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # one module asks for it: no engine stays while others start theirs
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVBlend]:
     """The bundled reader in vLLM; about half a minute to start."""
     pytest.importorskip("vllm")

@@ -9,8 +9,7 @@ import llama_index.llms.kvblend as package
 import pytest
 from llama_index.llms.kvblend import KVBlendLLM
 
-from kvblend_rag.config import BlendConfig
-from kvblend_rag.errors import ConfigError, EngineUnavailable
+from kvblend_rag.errors import ConfigError, EngineUnavailable, RequestTimeout
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,7 +53,7 @@ def test_import_loads_neither_torch_nor_vllm_and_takes_under_a_second() -> None:
 
 def test_without_vllm_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
-    llm = KVBlendLLM(model=str(tmp_path), config={"store_path": str(tmp_path / "store")})
+    llm = KVBlendLLM(model=str(tmp_path), settings={"store_path": str(tmp_path / "store")})
     with pytest.raises(EngineUnavailable) as caught:
         llm.complete("Hello")
     assert "pip install 'kvblend-rag[" in str(caught.value)
@@ -62,10 +61,10 @@ def test_without_vllm_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPa
 
 
 def test_models_of_one_configuration_share_one_engine(tmp_path: Path) -> None:
-    config = {"store_path": str(tmp_path)}
-    one = KVBlendLLM(model="same", config=config, temperature=0)
-    two = KVBlendLLM("same", config=BlendConfig(model="same", store_path=str(tmp_path)), temperature=1)
-    other = KVBlendLLM(model="same", config=config, engine_args={"max_model_len": 512})
+    settings = {"store_path": str(tmp_path)}
+    one = KVBlendLLM(model="same", settings=settings, temperature=0)
+    two = KVBlendLLM("same", settings=settings, temperature=1)
+    other = KVBlendLLM(model="same", settings=settings, engine_args={"max_model_len": 512})
     assert one.kv is two.kv
     assert one.kv is not other.kv
     assert not one.kv.started
@@ -80,7 +79,7 @@ def test_models_of_one_configuration_share_one_engine(tmp_path: Path) -> None:
 def test_a_file_names_the_model(tmp_path: Path) -> None:
     file = tmp_path / "kvblend.yaml"
     file.write_text("model: from-a-file\nchunk_size: 128\n")
-    llm = KVBlendLLM(config=file)
+    llm = KVBlendLLM(config_file=file)
     assert llm.model == "from-a-file"
     assert llm.kv.config.chunk_size == 128
     llm.close()
@@ -90,7 +89,7 @@ def test_a_file_names_the_model(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ({}, "Which model"),
-        ({"model": "m", "config": {"chunk_sise": 1}}, "chunk_size"),
+        ({"model": "m", "settings": {"chunk_sise": 1}}, "chunk_size"),
     ],
 )
 def test_what_can_not_be_used_is_named(arguments: dict, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,3 +101,14 @@ def test_what_can_not_be_used_is_named(arguments: dict, words: str, monkeypatch:
 def test_kv_and_model_exclude_one_another(kv_of) -> None:
     with pytest.raises(ConfigError, match="either"):
         KVBlendLLM(model="m", kv=kv_of())
+
+
+def test_fields_that_are_set_later_count(kv_of) -> None:
+    llm = KVBlendLLM(kv=kv_of("A long answer.", delay=0.05))
+    assert llm.complete("a").text == "A long answer."
+    copy = llm.model_copy(update={"timeout": 0.01})
+    with pytest.raises(RequestTimeout):
+        copy.complete("a")
+    llm.timeout = 0.01
+    with pytest.raises(RequestTimeout):
+        llm.complete("a")

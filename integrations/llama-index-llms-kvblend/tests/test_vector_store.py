@@ -210,7 +210,7 @@ def test_indexes_over_one_store_are_told_apart(kv_of, texts) -> None:
 def test_closing_without_an_engine_starts_none(tmp_path, kv_of, texts, monkeypatch) -> None:
     kv = kv_of()
     KVBlendVectorStore(TextStore(), kv).add([node(texts[0], "a")])
-    llm = KVBlendLLM(model="fake-model", config={"store_path": str(tmp_path / "store")})
+    llm = KVBlendLLM(model="fake-model", settings={"store_path": str(tmp_path / "store")})
     store = KVBlendVectorStore(TextStore(), llm)
     store.delete("a")
     store.close()

@@ -53,9 +53,10 @@ class KVBlendLLM(FunctionCallingLLM):
 
     Args:
         model: folder or hub name of the model.
-        kv: engine and store; instead of ``model``, ``config`` and ``engine_args``.
-        config: a YAML file, settings of ``BlendConfig``, or a ``BlendConfig``.
-        engine_args: vLLM's engine arguments, as ``{"max_model_len": 4096}``.
+        kv: engine and store; instead of ``model`` and the three below.
+        config_file: a kvblend YAML file; ``KVBLEND_CONFIG_FILE`` when not given.
+        settings: settings of kvblend (``BlendConfig``), such as ``store_path``.
+        engine_args: vLLM's engine arguments, such as ``max_model_len``.
         fields: the fields below, and LlamaIndex's: ``system_prompt``, ``messages_to_prompt``,
             ``completion_to_prompt``, ``callback_manager``…
 
@@ -87,7 +88,7 @@ class KVBlendLLM(FunctionCallingLLM):
     )
 
     _kv: KVBlend | None = PrivateAttr(default=None)
-    _chat: Chat | None = PrivateAttr(default=None)
+    _chat: tuple[tuple[str | None, str | None, float | None], Chat] | None = PrivateAttr(default=None)
     _config: BlendConfig | None = PrivateAttr(default=None)
 
     def __init__(
@@ -95,20 +96,25 @@ class KVBlendLLM(FunctionCallingLLM):
         model: str | None = None,
         *,
         kv: KVBlend | None = None,
-        config: str | Path | Mapping[str, Any] | BlendConfig | None = None,
+        config_file: str | Path | None = None,
+        settings: Mapping[str, Any] | None = None,
         engine_args: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> None:
         if isinstance(fields.get("stop"), str):
             fields["stop"] = [fields["stop"]]
-        if kv is not None:
-            if model is not None or config is not None or engine_args is not None:
-                raise ConfigError("Give either kv, or model, config and engine_args.")
-            effective = kv.config
+        given = {"model": model, **(settings or {}), "engine_args": engine_args and dict(engine_args)}
+        given = {name: value for name, value in given.items() if value is not None}
+        if kv is None:
+            config = BlendConfig.load(config_file, **given)
+            if not config.model:
+                raise ConfigError("Which model? Give model=…, kv=…, or a configuration that names one.")
+        elif given or config_file is not None:
+            raise ConfigError("Give either kv, or model, config_file, settings and engine_args.")
         else:
-            effective = _configured(model, config, engine_args)
-        super().__init__(model=effective.model, **fields)
-        self._config, self._kv = effective, kv
+            config = kv.config
+        super().__init__(model=config.model, **fields)
+        self._config, self._kv = config, kv
 
     @classmethod
     def class_name(cls) -> str:
@@ -323,14 +329,12 @@ class KVBlendLLM(FunctionCallingLLM):
 
     @property
     def _chats(self) -> Chat:
-        if self._chat is None:
-            self._chat = Chat(
-                self.kv,
-                tool_parser=self.tool_parser,
-                reasoning_parser=self.reasoning_parser,
-                timeout=self.timeout,
-            )
-        return self._chat
+        settings = (self.tool_parser, self.reasoning_parser, self.timeout)
+        if self._chat is None or self._chat[0] != settings:  # fields can be set, and copies made with others
+            tool_parser, reasoning_parser, timeout = settings
+            chat = Chat(self.kv, tool_parser=tool_parser, reasoning_parser=reasoning_parser, timeout=timeout)
+            self._chat = (settings, chat)
+        return self._chat[1]
 
     @property
     def _name(self) -> str:
@@ -369,25 +373,6 @@ class KVBlendLLM(FunctionCallingLLM):
         if "template" in allowed:
             options["template"] = {**self.template, **(given.get("template") or {})}
         return {**options, "sampling": sampling}
-
-
-def _configured(
-    model: str | None,
-    config: str | Path | Mapping[str, Any] | BlendConfig | None,
-    engine_args: Mapping[str, Any] | None,
-) -> BlendConfig:
-    settings: dict[str, Any] = dict(config) if isinstance(config, Mapping) else {}
-    if model is not None:
-        settings["model"] = model
-    if engine_args is not None:
-        settings["engine_args"] = dict(engine_args)
-    if isinstance(config, BlendConfig):
-        effective = config.replace(**settings)
-    else:
-        effective = BlendConfig.load(config if isinstance(config, (str, Path)) else None, **settings)
-    if not effective.model:
-        raise ConfigError("Which model? Give model=…, kv=…, or a configuration that names one.")
-    return effective
 
 
 def _user(prompt: str) -> list[dict[str, Any]]:

@@ -271,7 +271,7 @@ class KVBlendVectorStore(BasePydanticVectorStore):
     ) -> None:
         """Persist the wrapped store; the chunk store is on disk already."""
         self._store.persist(persist_path, fs=fs)
-        self._let_go()
+        self._let_go(start=False)
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """The wrapped store's; the chunk store has files of its own."""
