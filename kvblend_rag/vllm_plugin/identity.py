@@ -21,14 +21,17 @@ def fingerprint(vllm_config: VllmConfig) -> str:
         ValueError: the weights are not files that can be found on this machine.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
+    architecture = model.hf_config.to_dict()
+    # LongRoPE picks one of its two sets of frequencies by the context's length; nothing else depends on that.
+    by_length = any(name in str(architecture) for name in ("longrope", "'su'"))
     digest = blake3(
         json.dumps(
             {
-                "config": model.hf_config.to_dict(),
+                "config": architecture,
                 "dtype": str(model.dtype),
                 "cache_dtype": str(cache.cache_dtype),
                 "quantization": str(model.quantization),
-                "max_model_len": model.max_model_len,  # LongRoPE picks its frequencies by it
+                "max_model_len": model.max_model_len if by_length else None,
             },
             sort_keys=True,
             default=str,
