@@ -18,7 +18,7 @@ copyright = "2026, the kvblend-rag authors"
 version = release = kvblend_rag.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
-exclude_patterns = ["_build", "results"]
+exclude_patterns = ["_build", "results", "_generated/*.md"]
 html_theme = "furo"
 html_title = f"kvblend-rag {release}"
 html_theme_options = {"source_repository": "", "navigation_with_keys": True}

@@ -226,7 +226,8 @@ def headline() -> str:
         machine = first["machine"]["gpu"]
         parts.append(
             f"{machine}, {first['engine']}, {first['dtype']}, random weights in the shapes of known models "
-            "(speed only); median TTFT, and in brackets how many times sooner than plain. A prefix hit is what no method beats.\n"
+            "(speed only); median TTFT, and in brackets how many times sooner than plain. "
+            "A prefix hit is what no method beats.\n"
         )
         parts.append(_gpu_summary([result for _, result in gpu]))
         commands = "; ".join(f"`{_plain(result['command'])}`" for _, result in gpu)
