@@ -12,8 +12,10 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from kvblend_rag.commands.arms import Arms, greedy, seconds, spread
 from kvblend_rag.demo.library import Document, load_documents
@@ -113,43 +115,32 @@ def run(
     }
 
 
-def table(result: dict[str, Any]) -> Table:
+def table(result: dict[str, Any]) -> Group:
     """What ``run`` returned, to be printed."""
     settings = result["settings"]
     shown = Table(
-        title=f"Time to first token, about {settings['prompt_tokens']:,} prompt tokens, {settings['repeats']} repeats"
+        title=f"Time to first token, about {settings['prompt_tokens']:,} prompt tokens, {settings['repeats']} repeats",
+        caption="Medians over the repeats. Plain: blending switched off for the request, on the same engine.",
     )
-    for name in (
-        "",
-        "prompt",
-        "reused",
-        "recomputed",
-        "computed",
-        "median s",
-        "min–max s",
-        "× plain",
-        "of plain",
-        "bookkeeping ms",
-        "steps, ms",
-    ):
-        shown.add_column(name, justify="left" if name in ("", "steps, ms") else "right")
+    names = ("", "reused", "recomputed", "computed", "median s", "min–max s", "× plain", "of plain", "bookkeeping")
+    for name in names:
+        shown.add_column(name, justify="right" if name else "left", no_wrap=True)
+    steps = []
     for row in result["rows"]:
-        time, ratio = row["seconds"], row["speedup"]
-        steps = ", ".join(f"{name} {value:.0f}" for name, value in row["milliseconds"].items() if value >= 0.5)
+        time = row["seconds"]
         shown.add_row(
             row["name"],
-            *(
-                f"{row[name]:,.0f}"
-                for name in ("prompt_tokens", "reused_tokens", "recomputed_tokens", "computed_tokens")
-            ),
+            *(f"{row[name]:,.0f}" for name in ("reused_tokens", "recomputed_tokens", "computed_tokens")),
             f"{time['median']:.3f}",
             f"{time['min']:.3f}–{time['max']:.3f}",
-            f"{ratio['median']:.2f}",
+            f"{row['speedup']['median']:.2f}",
             f"{row['share_of_plain']:.3f}",
-            f"{row['bookkeeping_ms']:.1f}" if row["milliseconds"] else "",
-            steps,
+            f"{row['bookkeeping_ms']:.1f} ms" if row["milliseconds"] else "",
         )
-    return shown
+        parts = ", ".join(f"{name} {value:.1f}" for name, value in row["milliseconds"].items())
+        if parts:
+            steps.append(Text(f"{row['name']}: {parts} ms; {row['spans']:.0f} spans", "dim"))
+    return Group(shown, *steps)
 
 
 def _row(name: str, outputs: Sequence[RequestOutput], plain: Sequence[RequestOutput]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def run(folder: str, *, engine: EngineOptions) -> int:
         report = llm.kvblend.replace(
             [document.content for document in documents],
             document_ids=[document.id for document in documents],
+            progress=terminal.err().is_terminal,
         )
         before = saved_documents(config)
         inside = f"{path.resolve()}{os.sep}"

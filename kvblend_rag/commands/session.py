@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,8 @@ def _launched(config: BlendConfig) -> LLM:
     So what they have computed can still be written, and they are stopped in order.
     """
     result: list[Any] = []
+    # It starts with the first process, and lets Ctrl-C through again when it does.
+    resource_tracker.ensure_running()
 
     def launch() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -56,7 +56,7 @@ def check(*, repair: bool = False, store: str | None = None, config: str | None 
     settings = _existing(store, config)
     from kvblend_rag.store import upkeep
 
-    result = upkeep.check(settings.store_path, repair=repair, progress=True)
+    result = upkeep.check(settings.store_path, repair=repair, progress=terminal.err().is_terminal)
     for line in result.summary():
         terminal.out().print(line)
     if result.ok or repair:
@@ -73,7 +73,9 @@ def gc(*, max_gb: float | None = None, store: str | None = None, config: str | N
     bound = settings.max_disk_gb if max_gb is None else max_gb
     if bound < 0:
         raise ConfigError(f"--max-gb is {bound:g}, and must be 0 or more.")
-    terminal.out().print(upkeep.gc(settings.store_path, int(bound * 2**30), progress=True).summary())
+    terminal.out().print(
+        upkeep.gc(settings.store_path, int(bound * 2**30), progress=terminal.err().is_terminal).summary()
+    )
     return 0
 
 

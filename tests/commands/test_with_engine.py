@@ -8,16 +8,17 @@ import pytest
 from kvblend_rag.errors import ChunkRejected, PromptTooLong, StoreFull
 
 TOPICS = ("harbour", "orchard", "library", "foundry", "observatory")
+SHORT = ("--max-tokens", 4)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five documents of some 90 tokens each."""
+    """Five documents of some 100 tokens each, which no other test has."""
     for number, topic in enumerate(TOPICS):
         lines = [
             f"The {topic} has {number + 2} gates and {day} visitors on day {day} of the month." for day in range(5)
         ]
-        (tmp_path / f"{topic}.md").write_text(f"# The {topic}\n\n" + " ".join(lines))
+        (tmp_path / f"{topic}.md").write_text(f"# The {topic}\n\n{tmp_path.name}\n" + " ".join(lines))
     return tmp_path
 
 
@@ -39,18 +40,20 @@ def test_ingest_follows_edits_and_deletions(kvblend, ingested):
     ran = kvblend("ingest", ingested)
     assert "4 documents in 4 chunks: 1 computed, 3 already stored" in ran.stdout
     assert "1 documents are no longer there: 1 chunks deleted" in ran.stdout
-    sources = json.loads(kvblend("ask", "How many visitors has the orchard?", "-k", 9, "--json").stdout)[0]["sources"]
-    assert not any("orchard.md" in each for each in sources)
+    sources = json.loads(kvblend("ask", "How many visitors has the orchard?", "-k", 9, *SHORT, "--json").stdout)[0][
+        "sources"
+    ]
+    assert not any(str(ingested / "orchard.md") in each for each in sources)
 
 
 def test_two_folders_are_found_together(kvblend, ingested, config, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     (other / "harbour.md").write_text("# The harbour\n\n" + "Another harbour, with cranes and two tug boats. " * 4)
     assert kvblend("ingest", other).returncode == 0
-    (answer,) = json.loads(kvblend("ask", "What has the harbour?", "-k", 50, "--json").stdout)
+    (answer,) = json.loads(kvblend("ask", "What has the harbour?", "-k", 50, *SHORT, "--json").stdout)
     assert {str(ingested / "harbour.md#the-harbour"), str(other / "harbour.md#the-harbour")} <= set(answer["sources"])
     kvblend("store", "delete", other / "harbour.md#the-harbour", "--store", config.store_path)
-    (answer,) = json.loads(kvblend("ask", "What has the harbour?", "-k", 50, "--json").stdout)
+    (answer,) = json.loads(kvblend("ask", "What has the harbour?", "-k", 50, *SHORT, "--json").stdout)
     assert str(other / "harbour.md#the-harbour") not in answer["sources"]
 
 
@@ -64,11 +67,12 @@ def test_what_is_too_short_is_named_and_the_rest_is_stored(kvblend, shared_engin
 
 
 def test_ask_blends_what_was_ingested(kvblend, ingested):
-    ran = kvblend("ask", "How many gates has the foundry?", "-k", 3)
+    ran = kvblend("ask", "How many visitors has the foundry?", "-k", 3, *SHORT)
     assert ran.returncode == 0, ran.stderr
     assert "First token after" in ran.stdout
     assert "foundry.md#the-foundry" in ran.stdout
-    (answer,) = json.loads(kvblend("ask", "How many gates has the foundry?", "-k", 3, "--json").stdout)
+    assert "stored KV, as stored" in ran.stdout
+    (answer,) = json.loads(kvblend("ask", "How many gates has the foundry?", "-k", 3, *SHORT, "--json").stdout)
     report = answer["report"]
     assert report["blended"]
     assert len(report["chunks"]) == 3
@@ -77,9 +81,9 @@ def test_ask_blends_what_was_ingested(kvblend, ingested):
 
 
 def test_ask_beside_plain_vllm(kvblend, ingested):
-    ran = kvblend("ask", "How many gates has the foundry?", "--plain")
+    ran = kvblend("ask", "How many gates has the foundry?", "--plain", *SHORT)
     assert "plain vLLM" in ran.stdout
-    (answer,) = json.loads(kvblend("ask", "How many gates has the foundry?", "--plain", "--json").stdout)
+    (answer,) = json.loads(kvblend("ask", "How many gates has the foundry?", "--plain", *SHORT, "--json").stdout)
     assert answer["plain"]["ttft_seconds"] > 0
 
 
@@ -87,7 +91,7 @@ def test_ask_reads_questions_from_standard_input(kvblend, ingested, monkeypatch)
     import io
 
     monkeypatch.setattr("sys.stdin", io.StringIO("How many gates has the foundry?\nAnd the library?\n"))
-    assert len(json.loads(kvblend("ask", "--json").stdout)) == 2
+    assert len(json.loads(kvblend("ask", *SHORT, "--json").stdout)) == 2
 
 
 def test_ask_with_a_prompt_beyond_the_context(kvblend, ingested):
@@ -109,14 +113,20 @@ def test_the_demo_on_a_folder_of_ones_own(kvblend, shared_engine, folder):
 def test_the_order_of_the_arms_is_drawn_and_repeats_with_its_seed(kvblend, shared_engine, folder, monkeypatch):
     from kvblend_rag.commands.arms import Arms
 
-    asked = []
-    ask = Arms.ask
-    monkeypatch.setattr(Arms, "ask", lambda self, *a, **o: asked.append(o.get("blend", True)) or ask(self, *a, **o))
+    asked, answers, ask = [], [], Arms.ask
+
+    def once(self, prompt, sampling, **options):
+        asked.append(options.get("blend", True))
+        if not answers:
+            answers.append(ask(self, prompt, sampling, **options))
+        return answers[0]
+
+    monkeypatch.setattr(Arms, "ask", once)
 
     def order(seed):
         asked.clear()
         kvblend("demo", "--docs", folder, "--ask", "a?", "--ask", "b?", "--ask", "c?", "--ask", "d?", "--seed", seed)
-        return list(asked[2:])
+        return asked[2:]
 
     first = order(1)
     assert len(first) == 8
@@ -225,5 +235,5 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(kvblend, ingested, shared
     finally:
         ballast.unlink()
     assert "0 computed, 5 already stored" in kvblend("ingest", ingested).stdout
-    (answer,) = json.loads(kvblend("ask", "How many gates has the foundry?", "-k", 3, "--json").stdout)
+    (answer,) = json.loads(kvblend("ask", "How many gates has the foundry?", "-k", 3, *SHORT, "--json").stdout)
     assert answer["report"]["blended"]
