@@ -11,8 +11,6 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models import BaseChatModel, LanguageModelInput, ModelProfile
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, BaseMessage
-from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
-from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableMap, RunnablePassthrough
 from langchain_core.runnables.config import get_config_list
@@ -25,6 +23,7 @@ from kvblend_rag.errors import ConfigError
 from kvblend_rag.profile import profile_of
 from kvblend_rag.turn import ChatDelta
 from kvblend_rag.turn import ChatResult as Answer
+from langchain_kvblend._forms import WholeCall, WholeJson, WholePydantic, WholePydanticCall
 from langchain_kvblend._messages import PROVIDER, as_chunk, as_message, as_openai, response_metadata
 from langchain_kvblend._model import EngineModel, again, again_async, one_answer, stream_again, stream_again_async
 
@@ -294,6 +293,8 @@ class ChatKVBlend(EngineModel, BaseChatModel):
             strict: written into a tool's schema; the form is always kept.
             kwargs: bound too.
 
+        Answers that ``max_tokens`` cut raise ``OutputParserException`` (or stand in ``parsing_error``).
+
         Raises:
             ConfigError: an unknown method, or no schema.
         """
@@ -314,9 +315,9 @@ class ChatKVBlend(EngineModel, BaseChatModel):
                 **kwargs,
             )
             if _is_pydantic(schema):
-                parser = PydanticToolsParser(tools=[cast("TypeBaseModel", schema)], first_tool_only=True)
+                parser = WholePydanticCall(tools=[cast("TypeBaseModel", schema)], first_tool_only=True)
             else:
-                parser = JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
+                parser = WholeCall(key_name=name, first_tool_only=True)
         elif method in ("json_schema", "json_mode"):
             form: dict[str, Any] = {"type": "json_object"}
             if method == "json_schema":
@@ -325,8 +326,8 @@ class ChatKVBlend(EngineModel, BaseChatModel):
             if schema is not None:
                 kwargs["ls_structured_output_format"] = seen
             bound = self.bind(response_format=form, **kwargs)
-            parser = PydanticOutputParser(pydantic_object=cast("Any", schema)) if _is_pydantic(schema) else None
-            parser = parser or JsonOutputParser()
+            parser = WholePydantic(pydantic_object=cast("Any", schema)) if _is_pydantic(schema) else None
+            parser = parser or WholeJson()
         else:
             raise ConfigError(f"method is {method!r}, and must be json_schema, function_calling or json_mode.")
         if not include_raw:

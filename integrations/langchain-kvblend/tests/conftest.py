@@ -115,6 +115,9 @@ def competent(request: FakeRequest) -> str:
         return accepted(request, call("greeting_generator", answer_style="Pirate"))
     if "weather in San Francisco" in asked:
         return accepted(request, call("get_weather", location="San Francisco, CA"))
+    if "joke about cats" in asked:
+        joke = {"setup": "Why do cats sit on keyboards?", "punchline": "To watch the mouse."}
+        return accepted(request, json.dumps(joke))
     for customer in ("你好啊集团", "こんにちは株式会社"):
         if customer in asked:
             return accepted(request, call("unicode_customer", customer_name=customer, description="technology"))

@@ -764,13 +764,24 @@ def test_structured_output_keeps_bounds_and_references(kv):
     }
 
 
-def test_structured_output_that_was_cut(make_kv):
-    llm = ChatKVBlend(kv=make_kv('{"name": "An'))
-    with pytest.raises(OutputParserException):
-        llm.with_structured_output(Person).invoke("who?")
-    raw = llm.with_structured_output(Person, include_raw=True).invoke("who?")
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+@pytest.mark.parametrize("schema", [Person, PersonDict], ids=["pydantic", "typed"])
+def test_structured_output_that_was_cut_is_never_mended(make_kv, method, schema):
+    written = call(schema.__name__, name="Anna", age=7) if method == "function_calling" else ANNA
+    llm = ChatKVBlend(kv=make_kv(written), max_tokens=9)
+    with pytest.raises(OutputParserException, match="raise max_tokens"):
+        llm.with_structured_output(schema, method=method).invoke("who?")
+    with pytest.raises(OutputParserException, match="raise max_tokens"):
+        list(llm.with_structured_output(schema, method=method).stream("who?"))
+    raw = llm.with_structured_output(schema, method=method, include_raw=True).invoke("who?")
     assert raw["parsed"] is None
     assert isinstance(raw["parsing_error"], OutputParserException)
+
+
+def test_structured_output_that_is_wrong(make_kv):
+    llm = ChatKVBlend(kv=make_kv('{"name": "Anna"}')).with_structured_output(Person, method="json_mode")
+    with pytest.raises(OutputParserException, match="age"):
+        llm.invoke("who?")
 
 
 def test_structured_output_in_ways_that_can_not_be(kv):
