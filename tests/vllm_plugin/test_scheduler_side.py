@@ -78,7 +78,7 @@ def test_a_request_is_matched_claimed_and_blended(side, make):
     assert side.claim(request, 0) == len(PROMPT) - 1
     side.admitted(request, list(range(1, 10)), len(PROMPT) - 1)
     (job,) = side.step(step(r=(len(PROMPT) - 1, 1))).blends
-    assert (job.first, job.block_ids) == (0, tuple(range(1, 10)))
+    assert (job.first, job.block_ids.tolist()) == (0, list(range(1, 10)))
     assert [(run.key, run.start, run.length) for run in job.plan.runs] == [(KEY, 20, 80)]
     side.worker_reported(StepOutcome({"r": Outcome(recomputed=((20, 40),), tiers={KEY: "disk"})}))
     found = report(side, request)
@@ -205,7 +205,7 @@ def test_a_chunk_is_saved_in_the_step_that_completes_it(side, make):
     side.admitted(request, [4, 5, 6, 7, 8], 0)
     assert side.step(step(r=(32, 40))).saves == []
     (job,) = side.step(step(r=(72, 40))).saves
-    assert (job.key, job.start, job.stop, job.block_ids) == (KEY, 32, 112, (4, 5, 6, 7, 8))
+    assert (job.key, job.start, job.stop, job.block_ids.tolist()) == (KEY, 32, 112, [4, 5, 6, 7, 8])
     assert side.step(step()).saves == []
 
 
