@@ -66,7 +66,7 @@ def _layer_masses(
         from kvblend_rag.kernels.column_mass import column_mass
 
         return column_mass(queries, query_positions, layer.cache, paged.table(job.block_ids, keys), keys, scale)
-    return _attention(queries, query_positions, paged.read(layer, job.block_ids, keys)[0], scale)
+    return _attention(queries, query_positions, paged.read_keys(layer, job.block_ids, keys), scale)
 
 
 def _attention(queries: torch.Tensor, query_positions: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:

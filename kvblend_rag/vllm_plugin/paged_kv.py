@@ -87,12 +87,16 @@ class PagedKV:
     def read(self, layer: AttentionLayer, block_ids: BlockIds, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a request's first tokens, each (tokens, kv_heads, head_dim), out of a layer."""
         inside = self._flat(layer.cache[self.table(block_ids, tokens).long()])
+        return self._gather(inside, self._keys_at, tokens), self._gather(inside, self._values_at, tokens)
 
-        def gather(at: torch.Tensor) -> torch.Tensor:
-            everything = inside[:, :, at.flatten()].unflatten(2, at.shape)  # (blocks, heads, rows, dim)
-            return everything.transpose(1, 2).flatten(0, 1)[:tokens]
+    def read_keys(self, layer: AttentionLayer, block_ids: BlockIds, tokens: int) -> torch.Tensor:
+        """The keys alone, as ``read``."""
+        return self._gather(self._flat(layer.cache[self.table(block_ids, tokens).long()]), self._keys_at, tokens)
 
-        return gather(self._keys_at), gather(self._values_at)
+    @staticmethod
+    def _gather(inside: torch.Tensor, at: torch.Tensor, tokens: int) -> torch.Tensor:
+        everything = inside[:, :, at.flatten()].unflatten(2, at.shape)  # (blocks, heads, rows, dim)
+        return everything.transpose(1, 2).flatten(0, 1)[:tokens]
 
     def _learn_layout(self, layer: AttentionLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Where keys and values lie in a flattened block of one head, each (block rows, head_dim) int64."""
