@@ -30,6 +30,7 @@ NEED_COMPETENCE = (
     "test_structured_output_pydantic_2_v1",
     "test_tool_calling",
     "test_tool_calling_async",
+    "test_tool_choice",
     "test_unicode_tool_call_integration",
 )
 
