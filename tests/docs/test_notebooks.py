@@ -52,6 +52,7 @@ def test_stored_with_outputs_and_without_traces_of_a_machine(path: Path) -> None
     assert not MACHINE.search(outputs(notebook))
 
 
+@pytest.mark.timeout(1800)
 def test_quickstart_runs() -> None:
     pytest.importorskip("vllm")
     shown = outputs(executed(FOLDER / "1-quickstart.ipynb"))
