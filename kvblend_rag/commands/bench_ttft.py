@@ -122,24 +122,26 @@ def table(result: dict[str, Any]) -> Group:
         title=f"Time to first token, about {settings['prompt_tokens']:,} prompt tokens, {settings['repeats']} repeats",
         caption="Medians over the repeats. Plain: blending switched off for the request, on the same engine.",
     )
-    names = ("", "reused", "recomputed", "computed", "median s", "min–max s", "× plain", "of plain", "bookkeeping")
-    for name in names:
+    for name in ("", "prompt", "reused + recomputed + computed", "median s", "min–max s", "× plain", "of plain"):
         shown.add_column(name, justify="right" if name else "left", no_wrap=True)
     steps = []
     for row in result["rows"]:
         time = row["seconds"]
+        groups = " + ".join(f"{row[f'{name}_tokens']:,.0f}" for name in ("reused", "recomputed", "computed"))
         shown.add_row(
             row["name"],
-            *(f"{row[name]:,.0f}" for name in ("reused_tokens", "recomputed_tokens", "computed_tokens")),
+            f"{row['prompt_tokens']:,.0f}",
+            groups,
             f"{time['median']:.3f}",
             f"{time['min']:.3f}–{time['max']:.3f}",
             f"{row['speedup']['median']:.2f}",
             f"{row['share_of_plain']:.3f}",
-            f"{row['bookkeeping_ms']:.1f} ms" if row["milliseconds"] else "",
         )
         parts = ", ".join(f"{name} {value:.1f}" for name, value in row["milliseconds"].items())
         if parts:
-            steps.append(Text(f"{row['name']}: {parts} ms; {row['spans']:.0f} spans", "dim"))
+            spans = f"; {row['spans']:.0f} spans" if row["spans"] else ""
+            kept = f"bookkeeping {row['bookkeeping_ms']:.1f} ms"
+            steps.append(Text(f"{row['name']}: {kept}; steps in ms: {parts}{spans}", "dim"))
     return Group(shown, *steps)
 
 

@@ -42,6 +42,32 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+class _Half:
+    """Where a block keeps its keys, or its values.
+
+    Args:
+        at: (block rows, head_dim) int64, places in a flattened block of one head.
+    """
+
+    def __init__(self, at: torch.Tensor) -> None:
+        self._at, self._shape = at.flatten(), tuple(at.shape)
+        run = torch.arange(len(self._at), device=at.device) + at[0, 0]
+        self._together = slice(int(at[0, 0]), int(at[0, 0]) + len(self._at))
+        self._in_order, self._turned = torch.equal(self._at, run), torch.equal(at.T.flatten(), run)
+
+    def read(self, blocks: torch.Tensor, tokens: int) -> torch.Tensor:
+        """(tokens, heads, head_dim), out of flattened blocks (blocks, heads, places)."""
+        rows, dim = self._shape
+        # vLLM keeps keys together on a CPU, turned on their side, and values in order: a view will do.
+        if self._turned:
+            found = blocks[:, :, self._together].unflatten(2, (dim, rows)).transpose(2, 3)
+        elif self._in_order:
+            found = blocks[:, :, self._together].unflatten(2, (rows, dim))
+        else:
+            found = blocks[:, :, self._at].unflatten(2, (rows, dim))
+        return found.transpose(1, 2).flatten(0, 1)[:tokens]
+
+
 class PagedKV:
     """Reads and writes tokens of a paged cache, on whichever backend.
 
@@ -58,10 +84,11 @@ class PagedKV:
         cache = self.layers[0].cache
         self.heads, self._rows, self.head_dim = cache.shape[1], cache.shape[2], cache.shape[3] // 2
         self.dtype, self.device = cache.dtype, cache.device
-        self._keys_at, self._values_at = self._learn_layout(self.layers[0])
+        keys_at, values_at = self._learn_layout(self.layers[0])
+        self._keys, self._values = _Half(keys_at), _Half(values_at)
         row = torch.arange(self._rows, device=self.device)[:, None] * 2 * self.head_dim
         plain = row + torch.arange(self.head_dim, device=self.device)[None, :]
-        self.token_rows = torch.equal(self._keys_at, plain) and torch.equal(self._values_at, plain + self.head_dim)
+        self.token_rows = torch.equal(keys_at, plain) and torch.equal(values_at, plain + self.head_dim)
         """Whether a token's keys and values lie side by side in the cache's last dimension, as kernels want it."""
 
     def slots(self, block_ids: BlockIds, positions: torch.Tensor) -> torch.Tensor:
@@ -87,16 +114,11 @@ class PagedKV:
     def read(self, layer: AttentionLayer, block_ids: BlockIds, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a request's first tokens, each (tokens, kv_heads, head_dim), out of a layer."""
         inside = self._flat(layer.cache[self.table(block_ids, tokens).long()])
-        return self._gather(inside, self._keys_at, tokens), self._gather(inside, self._values_at, tokens)
+        return self._keys.read(inside, tokens), self._values.read(inside, tokens)
 
     def read_keys(self, layer: AttentionLayer, block_ids: BlockIds, tokens: int) -> torch.Tensor:
         """The keys alone, as ``read``."""
-        return self._gather(self._flat(layer.cache[self.table(block_ids, tokens).long()]), self._keys_at, tokens)
-
-    @staticmethod
-    def _gather(inside: torch.Tensor, at: torch.Tensor, tokens: int) -> torch.Tensor:
-        everything = inside[:, :, at.flatten()].unflatten(2, at.shape)  # (blocks, heads, rows, dim)
-        return everything.transpose(1, 2).flatten(0, 1)[:tokens]
+        return self._keys.read(self._flat(layer.cache[self.table(block_ids, tokens).long()]), tokens)
 
     def _learn_layout(self, layer: AttentionLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Where keys and values lie in a flattened block of one head, each (block rows, head_dim) int64."""
