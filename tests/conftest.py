@@ -133,6 +133,8 @@ class Answer:
     logprobs: np.ndarray
     """(tokens,) float64, of the tokens that were chosen."""
     report: Any
+    choices: dict[int, float]
+    """Log-probabilities of the first token's likeliest choices."""
 
     def difference(self, other: Answer) -> float:
         """The largest difference in log-probability; the tokens must be the same."""
@@ -216,7 +218,8 @@ class Rig:
         completion = output.outputs[0]
         pairs = zip(completion.token_ids, completion.logprobs or (), strict=False)
         logprobs = np.array([choices[token].logprob for token, choices in pairs])
-        return Answer(completion.token_ids, logprobs, output.report)
+        first = (completion.logprobs or [{}])[0]
+        return Answer(completion.token_ids, logprobs, output.report, {t: c.logprob for t, c in first.items()})
 
     def plain(self, prompt: Any, count: int = 16) -> Answer:
         """Plain vLLM's answer, computed once a prompt, alone and without help from the prefix cache."""
