@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvblend_rag.chat import Chat
     from kvblend_rag.config import BlendConfig
+    from kvblend_rag.conversation.sampling import Sampling
     from kvblend_rag.documents import DocumentSync, which_found
     from kvblend_rag.ingest import IngestReport
     from kvblend_rag.kvblend import KVBlend
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from kvblend_rag.offline import OfflineKVPreCompute, close_engine, combine_input_prompt_chunks
     from kvblend_rag.output import CompletionOutput, RequestMetrics, RequestOutput
     from kvblend_rag.report import BlendReport
-    from kvblend_rag.sampling import Sampling
     from kvblend_rag.vllm_plugin.engine import SamplingParams, connector_arguments
 
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Chat": "chat",
     "DocumentSync": "documents",
-    "Sampling": "sampling",
+    "Sampling": "conversation.sampling",
     "which_found": "documents",
     "BlendConfig": "config",
     "BlendReport": "report",

@@ -12,14 +12,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from kvblend_rag.answer import AnswerReader
+from kvblend_rag.conversation.answer import AnswerReader
+from kvblend_rag.conversation.sampling import Sampling
+from kvblend_rag.conversation.template import ESCAPED
+from kvblend_rag.conversation.turn import ChatDelta, ChatRequest, ChatResult, ModelProfile, Turn
 from kvblend_rag.engine import Engine
 from kvblend_rag.errors import KVBlendWarning, RequestTimeout
 from kvblend_rag.kvblend import KVBlend
 from kvblend_rag.output import RequestOutput
 from kvblend_rag.selectors import get_selector
-from kvblend_rag.template import ESCAPED
-from kvblend_rag.turn import ChatDelta, ChatRequest, ChatResult, ModelProfile, Sampling, Turn
 
 Message = Mapping[str, Any]
 SamplingLike = Sampling | Mapping[str, Any] | None

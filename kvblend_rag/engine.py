@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
 
-from kvblend_rag import dialect
 from kvblend_rag.blend.chunk import TokenIds
+from kvblend_rag.conversation import dialect
+from kvblend_rag.conversation.sampling import Sampling
+from kvblend_rag.conversation.template import ChatTemplate
+from kvblend_rag.conversation.turn import ChatRequest, ModelProfile, Turn
 from kvblend_rag.output import RequestOutput
-from kvblend_rag.template import ChatTemplate
-from kvblend_rag.turn import ChatRequest, ModelProfile, Sampling, Turn
 
 Prompt: TypeAlias = "str | Sequence[int] | TokenIds | dict[str, Any]"
 """Text, token ids, or one of vLLM's prompt dictionaries."""

@@ -8,11 +8,11 @@ import pytest
 
 from kvblend_rag.chat import Chat
 from kvblend_rag.config import BlendConfig
+from kvblend_rag.conversation.sampling import Sampling
+from kvblend_rag.conversation.template import ESCAPED
 from kvblend_rag.errors import ConfigError, KVBlendWarning, PromptTooLong, RequestTimeout
 from kvblend_rag.kvblend import KVBlend
-from kvblend_rag.template import ESCAPED
 from kvblend_rag.testing import FakeEngine, WordTokenizer, fake_kvblend
-from kvblend_rag.turn import Sampling
 
 HI = [{"role": "user", "content": "Hi."}]
 SEARCH = {

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvblend_rag.output import CompletionOutput, RequestOutput
-from kvblend_rag.turn import (
+from kvblend_rag.conversation.turn import (
     ChatDelta,
     ChatResult,
     Generation,
@@ -20,6 +19,7 @@ from kvblend_rag.turn import (
     Turn,
     Usage,
 )
+from kvblend_rag.output import CompletionOutput, RequestOutput
 
 
 @dataclass

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvblend_rag import dialect
 from kvblend_rag.config import BlendConfig
-from kvblend_rag.turn import ModelProfile
+from kvblend_rag.conversation import dialect
+from kvblend_rag.conversation.turn import ModelProfile
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 

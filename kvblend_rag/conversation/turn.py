@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvblend_rag.conversation.sampling import Sampling
 from kvblend_rag.errors import ConfigError
 from kvblend_rag.report import BlendReport
-from kvblend_rag.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +238,6 @@ __all__ = [
     "Generation",
     "ModelProfile",
     "Parsed",
-    "Sampling",
     "TokenLogprob",
     "ToolCall",
     "ToolCallDelta",

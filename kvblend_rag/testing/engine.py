@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from kvblend_rag import dialect
 from kvblend_rag.blend.chunk import TokenIds, as_token_ids
 from kvblend_rag.config import BlendConfig
+from kvblend_rag.conversation import dialect
+from kvblend_rag.conversation.sampling import Sampling
+from kvblend_rag.conversation.turn import ChatRequest, Turn
 from kvblend_rag.engine import Engine, EngineInfo, Prompt
 from kvblend_rag.errors import ConfigError, EngineUnavailable, PromptTooLong
 from kvblend_rag.ingest import STORING
@@ -23,7 +25,6 @@ from kvblend_rag.testing.plain import PlainTurn
 from kvblend_rag.testing.script import FakeParams, ScriptedAnswer
 from kvblend_rag.testing.shelf import FakeShelf
 from kvblend_rag.testing.tokenizer import WordTokenizer
-from kvblend_rag.turn import ChatRequest, Sampling, Turn
 
 T = TypeVar("T")
 Answers = "str | Sequence[str | Exception] | Callable[[FakeRequest], str | Exception]"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvblend_rag.template import ESCAPED, ChatTemplate
-from kvblend_rag.turn import ChatRequest, Parsed, ToolCallDelta, Turn
+from kvblend_rag.conversation.template import ESCAPED, ChatTemplate
+from kvblend_rag.conversation.turn import ChatRequest, Parsed, ToolCallDelta, Turn
 
 _CALL = re.compile(r"\s*<tool_call>(.*?)</tool_call>", re.DOTALL)
 _MARKS = ("<think>", "</think>", "<tool_call>")

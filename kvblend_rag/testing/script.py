@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kvblend_rag.conversation.sampling import Sampling
 from kvblend_rag.output import CompletionOutput
-from kvblend_rag.turn import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)

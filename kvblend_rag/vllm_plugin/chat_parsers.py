@@ -17,10 +17,11 @@ from vllm.reasoning import ReasoningParserManager
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.tool_parsers import ToolParserManager
 
-from kvblend_rag import dialect
+from kvblend_rag.conversation import dialect
+from kvblend_rag.conversation.sampling import Sampling
+from kvblend_rag.conversation.template import ESCAPED, ChatTemplate
+from kvblend_rag.conversation.turn import ChatRequest, Parsed, ToolCallDelta, Turn
 from kvblend_rag.errors import ConfigError
-from kvblend_rag.template import ESCAPED, ChatTemplate
-from kvblend_rag.turn import ChatRequest, Parsed, Sampling, ToolCallDelta, Turn
 from kvblend_rag.vllm_plugin import compat
 
 

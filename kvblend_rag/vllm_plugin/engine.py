@@ -17,12 +17,13 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from kvblend_rag.config import BlendConfig
+from kvblend_rag.conversation.sampling import Sampling
+from kvblend_rag.conversation.turn import ChatRequest, Turn
 from kvblend_rag.engine import Engine, EngineInfo, Prompt
 from kvblend_rag.errors import ConfigError, EngineUnavailable, KVBlendError, PromptTooLong
 from kvblend_rag.loop import LoopThread
 from kvblend_rag.output import CompletionOutput, RequestMetrics, RequestOutput
 from kvblend_rag.report import BlendReport
-from kvblend_rag.turn import ChatRequest, Sampling, Turn
 from kvblend_rag.vllm_plugin import compat
 from kvblend_rag.vllm_plugin.chat_parsers import ParsedTurn, form
 from kvblend_rag.vllm_plugin.launch import connector_arguments, start

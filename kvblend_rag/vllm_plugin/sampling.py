@@ -9,8 +9,8 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+from kvblend_rag.conversation.sampling import Sampling
 from kvblend_rag.errors import ConfigError
-from kvblend_rag.turn import Sampling
 
 _SAME = (
     "temperature",

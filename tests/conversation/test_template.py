@@ -4,11 +4,8 @@ import json
 
 import pytest
 
-from kvblend_rag import dialect
-from kvblend_rag.config import BlendConfig
+from kvblend_rag.conversation.template import ChatTemplate
 from kvblend_rag.errors import ConfigError
-from kvblend_rag.profile import profile_of
-from kvblend_rag.template import ChatTemplate
 
 transformers = pytest.importorskip("transformers")
 
@@ -96,35 +93,3 @@ def test_what_can_not_be_rendered(template, source, messages, message):
 def test_arguments_that_are_not_json_stay_visible(template):
     call = {**CALL, "function": {"name": "search", "arguments": "{broken"}}
     assert "{broken" in template(QWEN).text([USER, {**CALLED, "tool_calls": [call]}])
-
-
-@pytest.mark.parametrize(
-    ("source", "architecture", "tool", "reasoning"),
-    [
-        (CHATML, "LlamaForCausalLM", "hermes", ""),
-        (QWEN, "Qwen2ForCausalLM", "hermes", ""),
-        (QWEN + "<think> enable_thinking", "Qwen3ForCausalLM", "hermes", "qwen3"),
-        ("<|start_header_id|> Environment: ipython", "LlamaForCausalLM", "llama3_json", ""),
-        ("[AVAILABLE_TOOLS] [TOOL_CALLS]", "MistralForCausalLM", "mistral", ""),
-        ("<tool_call> <arg_key> <think>", "Glm4MoeForCausalLM", "glm45", "glm45"),
-        ("<|channel|> analysis commentary", "GptOssForCausalLM", "openai", "openai_gptoss"),
-        ("<tool_call> <function=", "Qwen3NextForCausalLM", "qwen3_xml", ""),
-    ],
-)
-def test_parsers_are_chosen_from_the_template(source, architecture, tool, reasoning):
-    assert dialect.tool_parser(source, [architecture]) == tool
-    assert dialect.reasoning_parser(source, [architecture]) == reasoning
-
-
-def test_profile_of_a_folder(tmp_path):
-    described = {"architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 2048}
-    (tmp_path / "config.json").write_text(json.dumps(described))
-    assert profile_of(BlendConfig(model=str(tmp_path))).tool_calling is False
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": QWEN}))
-    profile = profile_of(BlendConfig(model=str(tmp_path)))
-    assert (profile.max_input_tokens, profile.tool_calling, profile.native_tools) == (2048, True, True)
-    (tmp_path / "chat_template.jinja").write_text(CHATML + "<think> enable_thinking")
-    profile = profile_of(BlendConfig(model=str(tmp_path), engine_args={"max_model_len": 512}))
-    assert (profile.max_input_tokens, profile.reasoning_output, profile.native_tools) == (512, True, False)
-    assert profile_of(BlendConfig(model="org/name")) is None
-    assert profile_of(BlendConfig()) is None

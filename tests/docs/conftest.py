@@ -58,9 +58,9 @@ def own_handles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def scripted(own_handles: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Engines start at once and answer by a script; chunks are stored and found as ever."""
     from kvblend_rag import kvblend
+    from kvblend_rag.conversation.sampling import Sampling
     from kvblend_rag.testing import FakeEngine
     from kvblend_rag.testing.script import FakeParams
-    from kvblend_rag.turn import Sampling
 
     class Scripted(FakeEngine):
         def generate(self, prompt: Any, sampling_params: Any = None, **options: Any) -> Any:

@@ -173,7 +173,7 @@ def test_every_parser_of_the_table_exists():
     from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
 
-    from kvblend_rag import dialect
+    from kvblend_rag.conversation import dialect
 
     assert {row.parser for row in dialect._TOOLS} <= set(ToolParserManager.list_registered())
     assert {row.parser for row in dialect._REASONING} <= set(ReasoningParserManager.list_registered())

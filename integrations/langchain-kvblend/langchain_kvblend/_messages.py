@@ -18,7 +18,7 @@ from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.output_parsers.openai_tools import make_invalid_tool_call, parse_tool_call
 
-from kvblend_rag.turn import ChatDelta, ChatResult, Generation, ToolCall, Usage
+from kvblend_rag.conversation.turn import ChatDelta, ChatResult, Generation, ToolCall, Usage
 
 PROVIDER = "kvblend"
 

@@ -15,12 +15,12 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, mo
 
 from kvblend_rag.chat import Chat
 from kvblend_rag.config import BlendConfig
+from kvblend_rag.conversation.turn import ChatDelta, ChatResult
 from kvblend_rag.documents import DocumentUse, which_found
 from kvblend_rag.errors import ConfigError, RequestTimeout
 from kvblend_rag.kvblend import KVBlend
 from kvblend_rag.report import BlendReport
 from kvblend_rag.shared import release_handle, shared_handle
-from kvblend_rag.turn import ChatDelta, ChatResult
 from langchain_kvblend._documents import DocumentText, text_of
 
 T = TypeVar("T")

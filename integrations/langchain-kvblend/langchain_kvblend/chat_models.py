@@ -19,10 +19,10 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from langchain_core.utils.pydantic import TypeBaseModel, is_basemodel_subclass
 from pydantic import BaseModel, Field, model_validator
 
+from kvblend_rag.conversation.profile import profile_of
+from kvblend_rag.conversation.turn import ChatDelta
+from kvblend_rag.conversation.turn import ChatResult as Answer
 from kvblend_rag.errors import ConfigError
-from kvblend_rag.profile import profile_of
-from kvblend_rag.turn import ChatDelta
-from kvblend_rag.turn import ChatResult as Answer
 from langchain_kvblend._forms import WholeCall, WholeJson, WholePydantic, WholePydanticCall
 from langchain_kvblend._messages import PROVIDER, as_chunk, as_message, as_openai, response_metadata
 from langchain_kvblend._model import EngineModel, again, again_async, one_answer, stream_again, stream_again_async

@@ -12,8 +12,8 @@ from langchain_core.language_models.base import LangSmithParams
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
-from kvblend_rag.turn import ChatDelta
-from kvblend_rag.turn import ChatResult as Answer
+from kvblend_rag.conversation.turn import ChatDelta
+from kvblend_rag.conversation.turn import ChatResult as Answer
 from langchain_kvblend._messages import PROVIDER, as_usage, logprobs_of, response_metadata
 from langchain_kvblend._model import EngineModel, again, again_async, one_answer, stream_again, stream_again_async
 

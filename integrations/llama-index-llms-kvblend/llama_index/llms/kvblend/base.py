@@ -33,10 +33,10 @@ from llama_index.llms.kvblend.messages import Answer, as_conversation, openai_to
 
 from kvblend_rag.chat import Chat
 from kvblend_rag.config import BlendConfig
+from kvblend_rag.conversation.turn import ChatDelta
 from kvblend_rag.errors import ConfigError
 from kvblend_rag.kvblend import KVBlend
 from kvblend_rag.shared import release_handle, shared_handle
-from kvblend_rag.turn import ChatDelta
 
 R = TypeVar("R", ChatResponse, CompletionResponse)
 
@@ -74,7 +74,8 @@ class KVBlendLLM(FunctionCallingLLM):
     stop: list[str] | None = Field(default=None, description="Texts that end an answer.")
     max_tokens: int | None = Field(default=None, gt=0, description="Longest answer; None: what the context holds.")
     additional_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Further settings of kvblend_rag.turn.Sampling; other vLLM ones in `extra`."
+        default_factory=dict,
+        description="Further settings of kvblend_rag.Sampling; other vLLM ones in `extra`.",
     )
     blend: dict[str, Any] = Field(
         default_factory=dict, description="Blending of all requests: `blend`, `selector`, `ratio`, `span`."

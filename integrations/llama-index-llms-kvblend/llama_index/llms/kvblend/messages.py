@@ -20,7 +20,7 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.llms.utils import parse_partial_json
 
-from kvblend_rag.turn import ChatDelta, ChatResult, TokenLogprob, ToolCall
+from kvblend_rag.conversation.turn import ChatDelta, ChatResult, TokenLogprob, ToolCall
 
 _ROLES = {
     MessageRole.FUNCTION: "tool",
