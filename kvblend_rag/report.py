@@ -7,6 +7,8 @@ import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvblend_rag.drawing import Drawing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -85,21 +87,10 @@ class BlendReport:
         Args:
             ax: matplotlib axes to draw on; None makes new ones.
         """
-        from kvblend_rag.drawing import plot_report
-
-        return plot_report(self, ax)
+        return self._drawing().plot(ax)
 
     def __str__(self) -> str:
-        groups = ", ".join(
-            f"{count:,} {name}"
-            for name, count in (
-                ("cached", self.cached_tokens),
-                ("reused", self.reused_tokens),
-                ("recomputed", self.recomputed_tokens),
-                ("computed", self.computed_tokens),
-            )
-            if count
-        )
+        groups = ", ".join(f"{count:,} {group}" for group, count in self._counts().items() if count)
         what = f"{self.prompt_tokens:,} prompt tokens: {groups or 'none'}"
         return what if self.reason is None else f"{what} ({self.reason})"
 
@@ -107,14 +98,28 @@ class BlendReport:
         return f"<BlendReport {self}>"
 
     def __rich__(self) -> Any:
-        from kvblend_rag.drawing import rich_report
-
-        return rich_report(self)
+        return self._drawing().rich()
 
     def _repr_html_(self) -> str:
-        from kvblend_rag.drawing import html_report
+        return self._drawing().html()
 
-        return html_report(self)
+    def _counts(self) -> dict[str, int]:
+        return {
+            "cached": self.cached_tokens,
+            "reused": self.reused_tokens,
+            "recomputed": self.recomputed_tokens,
+            "computed": self.computed_tokens,
+        }
+
+    def _drawing(self) -> Drawing:
+        return Drawing(
+            tokens=self.prompt_tokens,
+            segments=self.segments(),
+            counts=self._counts(),
+            chunks=[(chunk.start, chunk.tier) for chunk in self.chunks],
+            milliseconds=self.milliseconds,
+            reason=self.reason,
+        )
 
 
 __all__ = ["BlendReport", "ChunkUse"]
