@@ -26,11 +26,13 @@ _REQUEST_OPTIONS = {
     "selector": "selector",
     "ratio": "recompute_ratio",
     "span": "span_size",
+    "coverage": "coverage",
+    "full_prefill_share": "full_prefill_share",
     "tenant": "tenant",
 }
 """A request's options, and the settings they stand for."""
 
-IngestContextKind = Literal["none", "bos", "header", "document"]
+IngestContextKind = Literal["none", "bos", "header", "document", "long"]
 
 
 def _cache_home() -> str:
@@ -73,7 +75,15 @@ class BlendConfig:
     """Which reused tokens are recomputed: ``none``, ``everything``, ``first``, ``deviation``, ``question``."""
 
     recompute_ratio: float = 0.15
-    """Share of the reused tokens that is recomputed, 0 to 1."""
+    """Share of the reused tokens that is recomputed, 0 to 1; with ``coverage`` below 1, at most."""
+
+    coverage: float = 1.0
+    """Recompute no more once the recomputed tokens hold this share of the selector's score, 0 to 1;
+    1: spend the whole ``recompute_ratio``."""
+
+    full_prefill_share: float = 1.0
+    """With ``coverage`` below 1: a request whose covering needs more than this share of the reused tokens
+    gets a full prefill, which is cheaper then, and exact."""
 
     span_size: int = 16
     """Tokens are recomputed in spans of this length."""
@@ -83,7 +93,7 @@ class BlendConfig:
 
     ingest_context: IngestContextKind = "document"
     """What a chunk's KV is computed behind: nothing, the first special token, the prompt's header,
-    or the header and a generic document (part of the chunk's key)."""
+    the header and a generic document, or the header and three of them (part of the chunk's key)."""
 
     system_prompt: str | None = None
     """System text of the header in the ingest context; give the application's own for the best answers."""
@@ -115,7 +125,8 @@ class BlendConfig:
         """The settings of one request.
 
         Args:
-            options: ``blend`` (false: an ordinary prefill), ``selector``, ``ratio``, ``span``, ``tenant``.
+            options: ``blend`` (false: an ordinary prefill), ``selector``, ``ratio``, ``span``, ``coverage``,
+                ``full_prefill_share``, ``tenant``.
 
         Raises:
             ConfigError: an unknown option, or a value that can't be used.
@@ -141,6 +152,8 @@ class BlendConfig:
             ("max_memory_gb", 0, 1e6),
             ("max_disk_gb", 0, 1e9),
             ("recompute_ratio", 0, 1),
+            ("coverage", 0, 1),
+            ("full_prefill_share", 0, 1),
             ("span_size", 1, 4_096),
             ("min_run", 1, 65_536),
         ):

@@ -45,6 +45,8 @@ class BlendReport:
     computed_tokens: int = 0
     scored_tokens: int = 0
     """Tokens run through the model only to choose what is recomputed."""
+    uncovered_mass: float | None = None
+    """Share of the selector's score that lies outside the recomputed tokens, 0 to 1; None where it makes none."""
     blended: bool = False
     reason: str | None = None
     """Why nothing was blended, or less than could have been; None when all went as planned."""
@@ -54,6 +56,11 @@ class BlendReport:
     """Recomputed prompt ranges ``[start, stop)``."""
     milliseconds: dict[str, float] = field(default_factory=dict)
     """Host time of each step: ``match``, ``load``, ``score``, ``select``, ``forward``."""
+
+    @property
+    def recomputed_share(self) -> float:
+        """Recomputed tokens among those of stored chunks, 0 to 1; 0 where nothing was reused."""
+        return self.recomputed_tokens / max(self.reused_tokens + self.recomputed_tokens, 1)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-able; ``from_dict`` reads it back."""

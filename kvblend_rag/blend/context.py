@@ -30,6 +30,24 @@ _GENERIC_DOCUMENT = (
     "riders, later by trains and then by aeroplanes. A garden needs light, water and patience, and most "
     "seeds are sown in spring."
 )
+_MORE_DOCUMENTS = (
+    "A clock keeps time with a pendulum, a spring or a crystal, and it has to be wound or fed now and then. Salt "
+    "was once so precious that roads were named after it. Wool is washed, combed, spun and woven before it becomes "
+    "cloth. A lighthouse warns ships of rocks, and its keeper used to trim the lamp every few hours. Cheese is made "
+    "from milk that has been curdled, pressed and left to ripen in a cool place. The moon causes the tides, which "
+    "rise and fall twice a day on most coasts. A carpenter measures twice and cuts once. Paper was made from rags "
+    "before it was made from wood, and a good sheet lasts for centuries. Bees visit flowers for nectar and carry "
+    "pollen from one to the next. Coal was dug from deep seams and brought up in baskets, later by steam. A letter "
+    "needs an address, and a parcel needs string. Many rivers begin as a spring in the hills and end in the sea.",
+    "A map shows roads, rivers and hills at a smaller scale, and north is usually at the top. Rice grows in flooded "
+    "fields and wheat in dry ones. An orchestra tunes to one note before it begins to play. Iron rusts in damp air "
+    "unless it is painted or oiled. A market is held on the same day each week, and farmers bring what is in season. "
+    "Snow falls when the air is cold enough, and it melts from the bottom on warm ground. A tailor makes a coat to "
+    "measure, and a cobbler mends shoes. Stone walls stand without mortar if they are built with care. Birds fly "
+    "south in autumn and come back in spring, often to the same nest. A telescope gathers light with a lens or a "
+    "mirror. Soap is made from fat and lye, and it was boiled in large kettles. Children learn to count before they "
+    "learn to write, and most of them like to be read to in the evening.",
+)
 
 
 class Tokenizer(Protocol):
@@ -50,7 +68,8 @@ def ingest_context(kind: IngestContextKind, tokenizer: Tokenizer, system_prompt:
     Args:
         kind: ``none``; ``bos``, the first special token; ``header``, what the chat template puts in front
             of the user's text; ``document``, the header and a generic document, cut to
-            ``CONTEXT_TOKENS`` (or the next multiple, behind a long header).
+            ``CONTEXT_TOKENS`` (or the next multiple, behind a long header); ``long``, the header and three
+            generic documents, cut to three times that.
         tokenizer: the model's.
         system_prompt: the application's system text; None leaves the template's own default.
     """
@@ -62,9 +81,10 @@ def ingest_context(kind: IngestContextKind, tokenizer: Tokenizer, system_prompt:
     if kind == "header":
         return header
     separator = tokenizer.encode("\n\n", add_special_tokens=False)
-    document = tokenizer.encode(_GENERIC_DOCUMENT, add_special_tokens=False)
-    # At least half of the passage stays, whatever the header's length.
-    least = len(header) + len(separator) + CONTEXT_TOKENS // 2
+    texts = [_GENERIC_DOCUMENT] if kind == "document" else [*_MORE_DOCUMENTS, _GENERIC_DOCUMENT]
+    document = tokenizer.encode("\n\n".join(texts), add_special_tokens=False)
+    # At least half of a passage stays, whatever the header's length.
+    least = len(header) + len(separator) + (2 * len(texts) - 1) * CONTEXT_TOKENS // 2
     total = -(-least // CONTEXT_TOKENS) * CONTEXT_TOKENS
     room = total - len(header) - len(separator)
     passage = (document * (-(-room // len(document))))[-room:]

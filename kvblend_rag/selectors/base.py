@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from kvblend_rag.blend.plan import BlendPlan
+from kvblend_rag.selectors.spans import choose_spans, uncovered
 
 
 class Evidence(enum.Enum):
@@ -49,6 +50,12 @@ class SelectionInput:
     span: int
     """Tokens in a span."""
 
+    coverage: float = 1.0
+    """Share of the score's mass that is enough, 0 to 1; at 1 the whole budget is spent."""
+
+    full_share: float = 1.0
+    """Share of the reused tokens beyond which covering that much is not worth it: everything is recomputed."""
+
     question_mass: torch.Tensor | None = None
     """float32: attention from all question tokens, mean over heads and a few middle layers."""
 
@@ -76,12 +83,22 @@ class SelectionInput:
         ratio: float,
         span: int,
         *,
+        coverage: float = 1.0,
+        full_share: float = 1.0,
         device: torch.device | str = "cpu",
         **evidence: torch.Tensor | None,
     ) -> SelectionInput:
         """The input for a plan's reused tokens, a share ``ratio`` of which may be recomputed."""
         positions, run = (torch.from_numpy(array).to(device) for array in plan.reused_positions())
-        return cls(positions=positions, run=run, budget=plan.budget(ratio), span=span, **evidence)
+        return cls(
+            positions=positions,
+            run=run,
+            budget=plan.budget(ratio),
+            span=span,
+            coverage=coverage,
+            full_share=full_share,
+            **evidence,
+        )
 
     def evidence(self, name: str) -> torch.Tensor:
         """One piece of evidence, float32, shape (R,).
@@ -109,5 +126,29 @@ class Selector(ABC):
     def select(self, given: SelectionInput) -> torch.Tensor:
         """Which tokens are recomputed: bool, shape (R,), on the input's device, at most ``budget`` true."""
 
+    def uncovered(self, given: SelectionInput, chosen: torch.Tensor) -> float | None:
+        """The share of the score's mass outside the chosen tokens; None where no score was made."""
+        return None
 
-__all__ = ["Evidence", "SelectionInput", "Selector"]
+
+class ScoringSelector(Selector):
+    """Scores tokens and takes the best spans: the whole budget, or what covers enough of the score's mass.
+
+    Where the mass is concentrated, a little covers it; where it is spread, as for a question about all
+    documents, much is needed, and beyond ``full_share`` everything is recomputed: a full prefill.
+    """
+
+    @abstractmethod
+    def scores(self, given: SelectionInput) -> torch.Tensor:
+        """How much each token matters: float, shape (R,), not negative."""
+
+    def select(self, given: SelectionInput) -> torch.Tensor:
+        """The spans of the highest mean score."""
+        return choose_spans(self.scores(given), given.run, given.budget, given.span, given.coverage, given.full_share)
+
+    def uncovered(self, given: SelectionInput, chosen: torch.Tensor) -> float | None:
+        """See :meth:`Selector.uncovered`."""
+        return uncovered(self.scores(given), chosen)
+
+
+__all__ = ["Evidence", "ScoringSelector", "SelectionInput", "Selector"]

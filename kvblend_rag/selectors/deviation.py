@@ -6,11 +6,10 @@ from typing import Literal
 
 import torch
 
-from kvblend_rag.selectors.base import Evidence, SelectionInput, Selector
-from kvblend_rag.selectors.spans import choose_spans
+from kvblend_rag.selectors.base import Evidence, ScoringSelector, SelectionInput
 
 
-class DeviationSelector(Selector):
+class DeviationSelector(ScoringSelector):
     """The deviation in a first layer tells which tokens attend to other chunks.
 
     The paper picks single tokens (``span`` 1) and narrows its choice from layer to layer; this is its
@@ -24,10 +23,9 @@ class DeviationSelector(Selector):
         """Args: whether values (as in the paper's code) or keys are compared."""
         self.of = of
 
-    def select(self, given: SelectionInput) -> torch.Tensor:
-        """The spans of highest deviation."""
-        scores = given.evidence("value_deviation" if self.of == "value" else "key_deviation")
-        return choose_spans(scores, given.run, given.budget, given.span)
+    def scores(self, given: SelectionInput) -> torch.Tensor:
+        """The deviation."""
+        return given.evidence("value_deviation" if self.of == "value" else "key_deviation")
 
 
 __all__ = ["DeviationSelector"]

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import torch
 
-from kvblend_rag.selectors.base import Evidence, SelectionInput, Selector
-from kvblend_rag.selectors.spans import choose_spans
+from kvblend_rag.selectors.base import Evidence, ScoringSelector, SelectionInput
 
 
-class QuestionSelector(Selector):
+class QuestionSelector(ScoringSelector):
     """Geometric mean of two attention distributions: a token must matter to both."""
 
     name = "question"
     needs = frozenset({Evidence.QUESTION_ATTENTION})
 
-    def select(self, given: SelectionInput) -> torch.Tensor:
-        """The spans to which the question and the last prompt token both attend most."""
+    def scores(self, given: SelectionInput) -> torch.Tensor:
+        """What the question and the last prompt token both attend to."""
         question, last = _shares(given.evidence("question_mass")), _shares(given.evidence("last_mass"))
-        return choose_spans((question * last).sqrt(), given.run, given.budget, given.span)
+        return (question * last).sqrt()
 
 
 def _shares(mass: torch.Tensor) -> torch.Tensor:

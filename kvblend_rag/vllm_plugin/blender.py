@@ -60,13 +60,13 @@ class Blender:
                 self._compute(job, [(job.first, job.plan.prompt_tokens - 1)])
             return Outcome(milliseconds=clock, fallback=failure or "another rank could not load its part of a chunk")
         selector = get_selector(job.recipe.selector)
-        scored = 0
+        scored, left = 0, None
         with _timed(clock, "load"):
             self._loader.fetch(job.plan, chunks)
             turns = Turns(job.plan, self._context_tokens, self._paged.device)
         if selector.needs <= {Evidence.LOADED}:
             with _timed(clock, "select"):
-                recomputed, mask = self._select(job, {})
+                recomputed, mask, left = self._select(job, {})
             with _timed(clock, "load"):
                 self._place(job, turns, left_out=mask)
         else:
@@ -75,12 +75,20 @@ class Blender:
             with _timed(clock, "score"):
                 evidence, scored = self._gather(job, chunks, turns, selector.needs)
             with _timed(clock, "select"):
-                recomputed, _ = self._select(job, evidence)
+                recomputed, _, left = self._select(job, evidence)
         with _timed(clock, "forward"):
             computed = [(a, min(b, job.plan.prompt_tokens - 1)) for a, b in job.plan.computed_ranges()]
             self._compute(job, _joined([*computed, *recomputed]))
             self._loader.wait_for_all()
-        return Outcome(recomputed=tuple(recomputed), tiers=tiers, scored_tokens=scored, milliseconds=clock)
+        if _gave_up(job, recomputed, left):
+            recipe = job.recipe
+            return Outcome(
+                fallback=f"covering {recipe.coverage:.0%} of the score needs more than {recipe.full_share:.0%} of the "
+                "reused tokens (full_prefill_share): everything was computed",
+                scored_tokens=scored,
+                milliseconds=clock,
+            )
+        return Outcome(tuple(recomputed), tiers, scored, left, clock)
 
     def _read_all(self, job: BlendJob) -> tuple[Chunks, dict[str, str], str | None]:
         """The job's chunks and where each came from; or what is wrong with one of them."""
@@ -141,17 +149,34 @@ class Blender:
             scored += passed
         return evidence, scored
 
-    def _select(self, job: BlendJob, evidence: dict[str, torch.Tensor]) -> tuple[list[tuple[int, int]], torch.Tensor]:
-        """Prompt ranges to recompute, and the same as a mask over the reused tokens."""
+    def _select(
+        self, job: BlendJob, evidence: dict[str, torch.Tensor]
+    ) -> tuple[list[tuple[int, int]], torch.Tensor, float | None]:
+        """Prompt ranges to recompute, the same as a mask over the reused tokens, and the score's uncovered share."""
         # Without evidence there is nothing on the device to look at, and nothing to wait for.
         device = self._paged.device if evidence else "cpu"
-        given = SelectionInput.from_plan(job.plan, job.recipe.ratio, job.recipe.span, device=device, **evidence)
-        mask = self._ranks.same(get_selector(job.recipe.selector).select(given))
-        return mask_to_ranges(given.positions, mask), mask
+        recipe, selector = job.recipe, get_selector(job.recipe.selector)
+        given = SelectionInput.from_plan(
+            job.plan,
+            recipe.ratio,
+            recipe.span,
+            coverage=recipe.coverage,
+            full_share=recipe.full_share,
+            device=device,
+            **evidence,
+        )
+        mask = self._ranks.same(selector.select(given))
+        return mask_to_ranges(given.positions, mask), mask, selector.uncovered(given, mask)
 
     def _compute(self, job: BlendJob, ranges: Iterable[tuple[int, int]]) -> None:
         rows = [Row(job.token_ids, job.block_ids, start, stop) for start, stop in ranges if start < stop]
         self._forward.run(rows, around=self._taps)
+
+
+def _gave_up(job: BlendJob, recomputed: list[tuple[int, int]], left: float | None) -> bool:
+    """Whether an adaptive budget found the score too spread out, and recomputed everything."""
+    adaptive = left is not None and job.recipe.coverage < 1 and job.recipe.full_share < 1
+    return adaptive and sum(stop - start for start, stop in recomputed) == job.plan.reused_tokens
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

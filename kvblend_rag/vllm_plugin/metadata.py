@@ -27,6 +27,8 @@ class Recipe:
     selector: str
     ratio: float
     span: int
+    coverage: float = 1.0
+    full_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Outcome:
     recomputed: tuple[tuple[int, int], ...] = ()
     tiers: dict[str, str] = field(default_factory=dict)
     scored_tokens: int = 0
+    uncovered: float | None = None
+    """Share of the selector's score outside the recomputed tokens; None where it made none."""
     milliseconds: dict[str, float] = field(default_factory=dict)
     fallback: str | None = None
     """Why everything was computed instead of blended."""

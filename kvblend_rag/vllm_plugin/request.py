@@ -1,7 +1,7 @@
 """What a request asks of kvblend, in ``kv_transfer_params["kvblend"]``; the same over HTTP.
 
 blend        false for an ordinary prefill
-selector, ratio, span    how recomputed tokens are chosen
+selector, ratio, span, coverage, full_prefill_share    how recomputed tokens are chosen, and how many
 tenant       whose chunks may be used
 ingest       {key, namespace, start}: save the KV of the prompt from ``start`` on
 """
@@ -56,7 +56,9 @@ def read_wish(request: Request, config: BlendConfig) -> Wish:
     get_selector(wished.selector)
     return Wish(
         blend=bool(given.get("blend", True)),
-        recipe=Recipe(wished.selector, wished.recompute_ratio, wished.span_size),
+        recipe=Recipe(
+            wished.selector, wished.recompute_ratio, wished.span_size, wished.coverage, wished.full_prefill_share
+        ),
         tenant=wished.tenant,
         ingest=None if ingest is None else _read_ingest(ingest),
     )

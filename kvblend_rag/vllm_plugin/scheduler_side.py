@@ -224,7 +224,14 @@ class SchedulerSide:
             return self._nothing_matched(wish.tenant), report
         recipe = wish.recipe
         sees_question = Evidence.QUESTION_ATTENTION in get_selector(recipe.selector).needs
-        digest = plan.digest(recipe.selector, recipe.ratio, recipe.span, sees_question=sees_question)
+        digest = plan.digest(
+            recipe.selector,
+            recipe.ratio,
+            recipe.span,
+            sees_question=sees_question,
+            coverage=recipe.coverage,
+            full_share=recipe.full_share,
+        )
         self._blends[request.request_id] = _Blend(prompt, plan, recipe, digest)
         return None, report
 
@@ -310,6 +317,7 @@ def _completed(report: BlendReport, done: Outcome) -> BlendReport:
             reason=done.fallback,
             reused_tokens=0,
             computed_tokens=report.computed_tokens + report.reused_tokens,
+            scored_tokens=done.scored_tokens,
             milliseconds=milliseconds,
         )
     recomputed = sum(stop - start for start, stop in done.recomputed)
@@ -319,6 +327,7 @@ def _completed(report: BlendReport, done: Outcome) -> BlendReport:
         recomputed_tokens=recomputed,
         recomputed_spans=done.recomputed,
         scored_tokens=done.scored_tokens,
+        uncovered_mass=done.uncovered,
         chunks=tuple(replace(chunk, tier=done.tiers.get(chunk.key, "")) for chunk in report.chunks),
         milliseconds=milliseconds,
     )

@@ -74,6 +74,18 @@ def test_the_document_context_fills_whole_blocks_and_starts_with_the_header():
     assert tokenizer.decode(context[-2:]) == "⏎ ⏎"
 
 
+def test_the_long_context_holds_three_documents_and_ends_as_the_short_one_does():
+    tokenizer = Words()
+    header = ingest_context("header", tokenizer)
+    context, short = ingest_context("long", tokenizer), ingest_context("document", tokenizer)
+    assert len(context) % CONTEXT_TOKENS == 0
+    assert len(context) >= 2 * CONTEXT_TOKENS
+    assert context[: len(header)] == header
+    assert context[-100:] == short[-100:]
+    text = tokenizer.decode(context)
+    assert all(some in text for some in ("A lighthouse warns ships", "A map shows roads", "A mill grinds grain"))
+
+
 @pytest.mark.parametrize("words", [1, 100, 130, 300, 1000])
 def test_a_long_system_text_leaves_half_a_context_of_document(words):
     tokenizer = Words()

@@ -63,6 +63,58 @@ def test_a_selector_needs_what_it_says_and_no_more(name):
             selector.select(dataclasses.replace(full, **nothing))
 
 
+@pytest.mark.parametrize("name", ["deviation", "question"])
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=5), st.floats(0, 0.999), st.integers(1, 20), st.integers(0, 99)
+)
+@settings(max_examples=40, deadline=None)
+def test_an_adaptive_budget_covers_what_it_should_and_no_span_more(name, lengths, coverage, span, seed):
+    whole = given_for(lengths, sum(lengths), span, seed)
+    adaptive = dataclasses.replace(whole, coverage=coverage)
+    selector = get_selector(name)
+    mask = selector.select(adaptive)
+    left = selector.uncovered(adaptive, mask)
+    assert left <= 1 - coverage + 1e-5
+    # the same tokens come first as with a fixed budget, and one span fewer would not do
+    count = int(mask.sum())
+    assert torch.equal(mask, selector.select(dataclasses.replace(whole, budget=count)))
+    fewer = selector.select(dataclasses.replace(whole, budget=max(count - span, 0)))
+    assert count == 0 or selector.uncovered(whole, fewer) >= 1 - coverage - 1e-5
+
+
+def _asked(hot, spread):
+    """200 tokens, each with a little mass, and ``hot`` spans of 4 that hold most of it where it is not spread."""
+    mass = torch.full((200,), 1.0)
+    if not spread:
+        for place in hot:
+            mass[place : place + 4] = 200.0
+    return dataclasses.replace(given_for([100, 100], 200), question_mass=mass, last_mass=mass, coverage=0.7)
+
+
+def test_spread_mass_gets_more_budget_and_in_the_end_everything():
+    selector = get_selector("question")
+    one, three = (int(selector.select(_asked(hot, False)).sum()) for hot in ([40], [40, 80, 160]))
+    spread = _asked([], True)
+    assert one < three < int(selector.select(spread).sum()) < 200
+    limited = dataclasses.replace(spread, full_share=0.5)
+    assert selector.select(limited).all()
+    assert int(selector.select(dataclasses.replace(_asked([40], False), full_share=0.5)).sum()) == one
+
+
+def test_the_budget_still_bounds_an_adaptive_one():
+    given_ = dataclasses.replace(_asked([], True), budget=30)
+    mask = get_selector("question").select(given_)
+    assert int(mask.sum()) == 30
+    assert get_selector("question").uncovered(given_, mask) == pytest.approx(170 / 200)
+
+
+def test_selectors_without_a_score_say_so():
+    given_ = given_for([20], 5)
+    for name in ("none", "first", "everything"):
+        selector = get_selector(name)
+        assert selector.uncovered(given_, selector.select(given_)) is None
+
+
 def test_first_tokens_of_each_run():
     given_ = given_for([10, 2, 10], 9)
     ranges = mask_to_ranges(given_.positions, get_selector("first").select(given_))
@@ -96,7 +148,9 @@ def test_the_question_selector_takes_tiny_and_broken_masses():
     assert get_selector("question").select(given_)[40:44].all()
     broken = torch.full((64,), float("nan"))
     given_ = dataclasses.replace(given_, question_mass=broken, last_mass=torch.zeros(64))
-    assert int(get_selector("question").select(given_).sum()) == 4
+    mask = get_selector("question").select(given_)
+    assert int(mask.sum()) == 4
+    assert get_selector("question").uncovered(given_, mask) == 1.0
 
 
 def test_the_input_of_a_plan():
