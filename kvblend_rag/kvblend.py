@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
+import contextlib
 import importlib.util
 import threading
 import time
@@ -18,7 +20,7 @@ from kvblend_rag.config import BlendConfig
 from kvblend_rag.engine import Engine
 from kvblend_rag.errors import VLLM_MISSING, ConfigError, EngineUnavailable
 from kvblend_rag.ingest import Ingester, IngestReport, Text, raise_if_store_failed
-from kvblend_rag.store import Catalogue, open_catalogue
+from kvblend_rag.store import Catalogue, open_catalogue, open_store
 
 
 class KVBlend:
@@ -148,31 +150,49 @@ class KVBlend:
     def release(self, document_ids: Sequence[str]) -> int:
         """Documents no longer need their chunks; those that nobody else holds are deleted.
 
+        No engine is started for it.
+
         Returns:
             How many chunks were deleted.
         """
-        return self.engine.run(self.arelease(document_ids))
+        if self.started:
+            return self.engine.run(self.arelease(document_ids))
+        return len(self._delete_unheld(self._let_go(document_ids)))
 
     async def arelease(self, document_ids: Sequence[str]) -> int:
         """``release`` for callers in an event loop."""
-        free: list[str] = []
-        for document_id in document_ids:
-            free.extend(self.catalogue.release(document_id, self.config.tenant))
-        if not free:
-            return 0
-        return max((len(gone) for gone in await self.engine.call("forget", free)), default=0)
+        free = self._let_go(document_ids)
+        if not self.started:
+            return len(await asyncio.to_thread(self._delete_unheld, free))
+        # The workers do it: their memory holds these chunks too.
+        return max((len(gone) for gone in await self.engine.call("forget", free)), default=0) if free else 0
 
-    def prefetch(self, texts: Sequence[Text]) -> int:
-        """Bring the chunks of texts into the fastest tier before a prompt asks for them.
+    def _let_go(self, document_ids: Sequence[str]) -> list[str]:
+        return [key for each in document_ids for key in self.catalogue.release(each, self.config.tenant)]
+
+    def _delete_unheld(self, keys: list[str]) -> list[str]:
+        if not keys:
+            return []
+        with contextlib.closing(open_store(self.config)) as store:
+            return store.delete_unheld(keys)
+
+    def prefetch(self, texts: Sequence[Text] = (), *, document_ids: Sequence[str] = ()) -> int:
+        """Bring chunks into the fastest tier before a prompt asks for them.
+
+        Args:
+            texts: as they were ingested; those that never were are passed over.
+            document_ids: documents whose chunks are wanted; unknown ones are passed over.
 
         Returns:
-            How many are there now; texts that were never ingested are passed over.
+            How many are there now.
         """
-        return self.engine.run(self.aprefetch(texts))
+        return self.engine.run(self.aprefetch(texts, document_ids=document_ids))
 
-    async def aprefetch(self, texts: Sequence[Text]) -> int:
+    async def aprefetch(self, texts: Sequence[Text] = (), *, document_ids: Sequence[str] = ()) -> int:
         """``prefetch`` for callers in an event loop."""
-        keys = [key for text in texts for key in self._ready_ingester().keys(text)]
+        held = self.catalogue.chunks_of(document_ids, self.config.tenant) if document_ids else {}
+        keys = [key for own in held.values() for key in own]
+        keys += [key for text in texts for key in self._ready_ingester().keys(text)]
         return max(await self.engine.call("prefetch", keys), default=0) if keys else 0
 
     def close(self) -> None:

@@ -1,10 +1,13 @@
 """DocumentSync and which_found, on an engine that stores token ids."""
 
+import contextlib
 import threading
 import time
 import warnings
 
+import numpy as np
 import pytest
+import torch
 
 from kvblend_rag.documents import DocumentSync, which_found
 from kvblend_rag.errors import KVBlendWarning, StoreFull
@@ -70,6 +73,85 @@ def test_prefetch_starts_no_engine(tmp_path):
     from kvblend_rag import BlendConfig, KVBlend
 
     assert DocumentSync(KVBlend(BlendConfig(store_path=str(tmp_path)))).prefetch([ONE]) == 0
+
+
+def test_prefetch_by_id_reads_no_text(kv, monkeypatch):
+    sync = DocumentSync(kv, namespace="space")
+    sync.add(["1", "2"], [ONE, TWO])
+    kv.ingest([THREE], progress=False)
+    assert sync.prefetch(ids=["1", "2", "unknown"]) == 2
+    read = []
+    encode = kv.engine.tokenizer.encode
+    monkeypatch.setattr(kv.engine.tokenizer, "encode", lambda text, **more: read.append(text) or encode(text, **more))
+    assert sync.prefetch([ONE, THREE], ids=["1", ""]) == 2
+    assert read == [THREE]
+    assert DocumentSync(kv, namespace="another").prefetch(ids=["1"]) == 0
+
+
+def test_a_group_is_deleted_as_one(kv):
+    sync = DocumentSync(kv)
+    sync.add(["a1", "a2", "b1"], [ONE, TWO, THREE], groups=["a", "a", "b"])
+    assert sync.delete(["a1"]) == 1
+    sync.add(["a3"], [ONE], groups=["a"])
+    assert DocumentSync(kv).delete(groups=["a"]) == 2  # another process's
+    assert [document.document_id for document in kv.catalogue.documents()] == ["b1"]
+    assert sync.delete(groups=["a", "unknown"]) == 0
+    assert sync.clear() == 1
+
+
+def test_namespaces_tell_ids_and_groups_apart(kv):
+    plain, named = DocumentSync(kv), DocumentSync(kv, namespace="named")
+    for sync in (plain, named):
+        sync.add(["1"], [ONE], groups=["a"])
+        sync.add(["alone"], [TWO])
+    assert plain.clear() == 0
+    assert named.delete(groups=["a"]) == 1
+    assert named.clear() == 0
+    assert stored(kv) == 1
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_is_deleted_later_and_added_again_is_not_computed_again(kv, background):
+    with DocumentSync(kv, background=background, batch=1) as sync:
+        sync.add(["1", "2"], [ONE, TWO], groups=["a", "a"])
+        assert sync.delete(groups=["a"], later=True) is None
+        sync.flush()
+        assert stored(kv) == 0
+        sync.add(["1", "2"], [ONE, TWO], groups=["a", "a"])
+        sync.delete(groups=["a"], later=True)
+        sync.add(["3", "2"], [ONE, THREE], groups=["a", "a"])  # edited: new ids or old ones, new texts or old ones
+        sync.flush()
+        assert kv.engine.ingested == 5
+        assert {document.document_id for document in kv.catalogue.documents()} == {"2", "3"}
+        assert stored(kv) == 2
+        sync.delete(groups=["a"], later=True)
+        sync.prefetch([])
+        sync.flush()
+    assert stored(kv) == 0
+
+
+def test_deleting_starts_no_engine_and_frees_the_files(tmp_path, monkeypatch):
+    from kvblend_rag import BlendConfig, KVBlend
+    from kvblend_rag.store import StoredChunk, open_store
+
+    def launch(config):
+        raise AssertionError("deleting must not start an engine")
+
+    monkeypatch.setattr("kvblend_rag.kvblend._launch", launch)
+    config = BlendConfig(store_path=str(tmp_path), model="m")
+    keys = [name * 32 for name in "ab"]
+    with KVBlend(config) as kv, contextlib.closing(open_store(config)) as store:
+        tokens = np.arange(20, dtype=np.int32)
+        for key in keys:
+            kv.catalogue.hold("1", [key])
+            store.put(StoredChunk(key, "n", tokens, torch.zeros(1, 2, 20, 1, 4)))
+            kv.catalogue.add(key, "n", tokens, 0, 1, 10)
+        kv.catalogue.hold("2", keys[:1])
+        assert DocumentSync(kv).delete(["1"]) == 1
+        assert not kv.started
+        assert kv.catalogue.missing(keys) == keys[1:]
+        assert list(tmp_path.rglob(f"{keys[0]}*"))
+        assert not list(tmp_path.rglob(f"{keys[1]}*"))
 
 
 def test_background_keeps_the_order(kv):

@@ -55,7 +55,7 @@ class Catalogue:
     def __init__(self, root: str | Path) -> None:
         layout = StoreLayout(Path(root))
         layout.create()
-        self._database = Database(layout, tables.SCHEMA)
+        self._database = Database(layout, tables.SCHEMA, tables.VERSION)
         self._seen: int | None = None
 
     def add(self, key: str, namespace: str, token_ids: TokenIds, rank: int, shard_count: int, nbytes: int) -> None:
@@ -109,7 +109,41 @@ class Catalogue:
     def release(self, document_id: str, tenant: str = "") -> list[str]:
         """Forget a document; returns the keys nobody holds any more (``ChunkStore.delete_unheld``)."""
         with self._database.writing() as sql:
+            tables.leave(sql, tenant, document_id)
             return tables.without_holder(sql, tables.let_go(sql, tenant, document_id))
+
+    def join(self, groups: Iterable[tuple[str, str]], tenant: str = "") -> None:
+        """Let documents be members of groups, given as (group, document), until they are released."""
+        with self._database.writing() as sql:
+            tables.join(sql, tenant, groups)
+
+    def members(self, group: str, tenant: str = "") -> list[str]:
+        """The documents of a group."""
+        with self._database.reading() as sql:
+            rows = sql.execute("SELECT document_id FROM member WHERE tenant = ? AND group_id = ?", (tenant, group))
+            return [document_id for (document_id,) in rows]
+
+    def all_members(self, prefix: str, tenant: str = "") -> list[str]:
+        """The documents of every group whose name begins with ``prefix``."""
+        with self._database.reading() as sql:
+            rows = sql.execute(
+                "SELECT DISTINCT document_id FROM member WHERE tenant = ? AND substr(group_id, 1, ?) = ?",
+                (tenant, len(prefix), prefix),
+            )
+            return [document_id for (document_id,) in rows]
+
+    def chunks_of(self, document_ids: Iterable[str], tenant: str = "") -> dict[str, list[str]]:
+        """The keys that documents hold, by document; nothing for those that hold none."""
+        found: dict[str, list[str]] = {}
+        with self._database.reading() as sql:
+            rows = sql.execute(
+                "SELECT document_id, key FROM document WHERE tenant = ? AND document_id <> ?"
+                " AND document_id IN (SELECT value FROM json_each(?))",
+                (tenant, ANONYMOUS, json.dumps(list(document_ids))),
+            )
+            for document_id, key in rows:
+                found.setdefault(document_id, []).append(key)
+        return found
 
     def held(self, keys: Iterable[str]) -> set[str]:
         """Those of the keys that some document holds."""

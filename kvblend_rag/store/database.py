@@ -25,8 +25,8 @@ class Database:
     and an acknowledged ingest must survive one. That is one fsync beside the tensors' two.
     """
 
-    def __init__(self, layout: StoreLayout, schema: str) -> None:
-        """Open the file, creating it from ``schema`` when it is missing.
+    def __init__(self, layout: StoreLayout, schema: str, version: int) -> None:
+        """Open the file; ``schema`` makes it, or adds to an older one what it lacks.
 
         Raises:
             StoreError: it is damaged, of a later version, or can't be written.
@@ -36,14 +36,14 @@ class Database:
         with self._explained(), layout.lock():  # turning WAL on doesn't wait for other openers
             self._writer = self._connect()
             self._reader = self._connect()
-            (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-            if version > layout.version:
+            (found,) = self._writer.execute("PRAGMA user_version").fetchone()
+            if found > version:
                 raise StoreError(
-                    f"{self._path} has format {version}, and this release reads {layout.version}: "
+                    f"{self._path} has format {found}, and this release reads {version}: "
                     "upgrade kvblend-rag, or choose another store_path."
                 )
-            if version < layout.version:
-                self._writer.executescript(f"{schema}; PRAGMA user_version = {layout.version};")
+            if found < version:
+                self._writer.executescript(f"{schema}; PRAGMA user_version = {version};")
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:

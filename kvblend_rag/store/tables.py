@@ -18,6 +18,9 @@ from kvblend_rag.store.layout import checked_key
 ANONYMOUS = ""
 """The document that holds chunks ingested without a document id."""
 
+VERSION = 2
+"""2: groups of documents."""
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS chunk(
     key TEXT PRIMARY KEY, namespace TEXT NOT NULL, token_ids BLOB NOT NULL, shard_count INTEGER NOT NULL,
@@ -28,6 +31,10 @@ CREATE TABLE IF NOT EXISTS document(
     tenant TEXT NOT NULL, document_id TEXT NOT NULL, key TEXT NOT NULL,
     PRIMARY KEY(tenant, document_id, key)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS document_key ON document(key);
+CREATE TABLE IF NOT EXISTS member(
+    tenant TEXT NOT NULL, group_id TEXT NOT NULL, document_id TEXT NOT NULL,
+    PRIMARY KEY(tenant, group_id, document_id)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS member_document ON member(tenant, document_id);
 -- the newest change of each key; ids only grow, so whoever knows an id can follow from there
 CREATE TABLE IF NOT EXISTS change(
     id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE, namespace TEXT NOT NULL,
@@ -111,6 +118,16 @@ def let_go(sql: sqlite3.Connection, tenant: str, document_id: str) -> list[str]:
     return [key for (key,) in rows]
 
 
+def join(sql: sqlite3.Connection, tenant: str, groups: Iterable[tuple[str, str]]) -> None:
+    """Let documents be members of groups, given as (group, document)."""
+    sql.executemany("INSERT OR IGNORE INTO member VALUES (?, ?, ?)", [(tenant, *pair) for pair in groups])
+
+
+def leave(sql: sqlite3.Connection, tenant: str, document_id: str) -> None:
+    """Let a document be a member of no group."""
+    sql.execute("DELETE FROM member WHERE tenant = ? AND document_id = ?", (tenant, document_id))
+
+
 def held(sql: sqlite3.Connection, keys: list[str]) -> set[str]:
     """Those of the keys that some document holds."""
     rows = sql.execute(f"SELECT DISTINCT key FROM document WHERE {AMONG}", (json.dumps(keys),))
@@ -138,11 +155,14 @@ __all__ = [
     "AMONG",
     "ANONYMOUS",
     "SCHEMA",
+    "VERSION",
     "ChunkRow",
     "add",
     "forget",
     "held",
     "hold",
+    "join",
+    "leave",
     "let_go",
     "token_ids",
     "without_holder",

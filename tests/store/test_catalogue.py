@@ -44,6 +44,37 @@ def test_add_shows_up_with_its_tokens(catalogue):
     assert catalogue.changes_since(changes.cursor, SPACE).added == []
 
 
+def test_groups_end_with_their_documents(catalogue):
+    catalogue.join([("g", "1"), ("g", "2"), ("h", "2"), ("g%", "3")])
+    catalogue.join([("g", "4")], tenant="other")
+    catalogue.hold("1", [key(1), key(2)])
+    catalogue.hold("2", [key(2)])
+    assert sorted(catalogue.members("g")) == ["1", "2"]
+    assert catalogue.members("g", tenant="other") == ["4"]
+    assert sorted(catalogue.all_members("g")) == ["1", "2", "3"]
+    assert catalogue.all_members("g%") == ["3"]
+    assert sorted(catalogue.all_members("")) == ["1", "2", "3"]
+    assert {name: sorted(keys) for name, keys in catalogue.chunks_of(["1", "2", "unknown", ""]).items()} == {
+        "1": sorted([key(1), key(2)]),
+        "2": [key(2)],
+    }
+    catalogue.replace_holds("1", [key(3)])  # edited: still a member
+    assert sorted(catalogue.members("g")) == ["1", "2"]
+    catalogue.release("2")
+    assert (catalogue.members("g"), catalogue.members("h")) == (["1"], [])
+
+
+def test_a_catalogue_from_before_there_were_groups(catalogue, root):
+    catalogue.close()
+    with sqlite3.connect(StoreLayout(root).catalogue) as sql:
+        sql.execute("DROP TABLE member")
+        sql.execute("PRAGMA user_version = 1")
+    again = Catalogue(root)
+    again.join([("g", "1")])
+    assert again.members("g") == ["1"]
+    again.close()
+
+
 def test_a_chunk_is_visible_when_its_last_rank_is(catalogue):
     for rank in (0, 1):
         assert catalogue.missing([key(1), key(2)]) == [key(1), key(2)]

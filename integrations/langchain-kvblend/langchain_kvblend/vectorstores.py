@@ -58,8 +58,7 @@ class KVBlendVectorStore(VectorStore):
         self.kv = kv
         self.document_prompt = document_prompt
         self._prefetch = prefetch
-        self._namespace = f"{namespace}:" if namespace else ""
-        self._sync = DocumentSync(kv, background=background, capacity=capacity, progress=progress)
+        self._sync = DocumentSync(kv, namespace=namespace, background=background, capacity=capacity, progress=progress)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "store":
@@ -326,10 +325,7 @@ class KVBlendVectorStore(VectorStore):
         self._sync.close()
 
     def _add(self, ids: Sequence[str], documents: Sequence[Document]) -> None:
-        self._sync.add(self._keys(ids), texts_of(documents, self.document_prompt))
-
-    def _keys(self, ids: Sequence[str]) -> list[str]:
-        return [self._namespace + each for each in ids]
+        self._sync.add(ids, texts_of(documents, self.document_prompt))
 
     def _release(self, ids: Sequence[str] | None, done: bool | None) -> None:
         if ids is None:
@@ -339,11 +335,12 @@ class KVBlendVectorStore(VectorStore):
                 stacklevel=3,
             )
         elif done is not False:
-            self._sync.delete(self._keys(ids))
+            self._sync.delete(ids)
 
     def _found(self, documents: list[Document]) -> list[Document]:
         if self._prefetch and documents:
-            self._sync.prefetch(texts_of(documents, self.document_prompt))
+            ids = [each.id or "" for each in documents]
+            self._sync.prefetch(texts_of(documents, self.document_prompt), ids=ids)
         return documents
 
     async def _afound(self, documents: list[Document]) -> list[Document]:
@@ -360,7 +357,7 @@ class KVBlendVectorStore(VectorStore):
         for document in documents:
             if document.id is None:
                 raise ConfigError("A document to adopt has no id: give it the one it has in the vector store.")
-            yield self._namespace + document.id, text_of(document, self.document_prompt)
+            yield document.id, text_of(document, self.document_prompt)
 
     def _by_ids(self, ids: Iterable[str]) -> Iterator[Document]:
         left = iter(ids)

@@ -9,7 +9,7 @@ from typing import Any
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import BaseNode, TransformComponent
 from llama_index.llms.kvblend.base import KVBlendLLM
-from llama_index.llms.kvblend.nodes import NodeIds, handle_of, prompt_text
+from llama_index.llms.kvblend.nodes import handle_of, prompt_text, source_of
 
 from kvblend_rag.documents import DocumentSync
 from kvblend_rag.kvblend import KVBlend
@@ -28,12 +28,10 @@ class KVBlendTransform(TransformComponent):
     """
 
     _sync: DocumentSync = PrivateAttr()
-    _ids: NodeIds = PrivateAttr()
 
     def __init__(self, kv: KVBlend | KVBlendLLM, *, index: str = "", progress: bool = False) -> None:
         super().__init__()
-        handle = handle_of(kv)
-        self._sync, self._ids = DocumentSync(handle, progress=progress), NodeIds(handle, index)
+        self._sync = DocumentSync(handle_of(kv), namespace=index, progress=progress)
 
     @classmethod
     def class_name(cls) -> str:
@@ -42,7 +40,11 @@ class KVBlendTransform(TransformComponent):
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Precompute the nodes' KV, and pass them on."""
-        self._sync.add(self._ids.note(nodes), [prompt_text(node) for node in nodes])
+        self._sync.add(
+            [node.node_id for node in nodes],
+            [prompt_text(node) for node in nodes],
+            groups=[source_of(node) for node in nodes],
+        )
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:

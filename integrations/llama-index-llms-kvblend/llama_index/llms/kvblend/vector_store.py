@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryResult,
 )
 from llama_index.llms.kvblend.base import KVBlendLLM
-from llama_index.llms.kvblend.nodes import NodeIds, handle_of, prompt_text
+from llama_index.llms.kvblend.nodes import handle_of, prompt_text, source_of
 
 from kvblend_rag.documents import DocumentSync
 from kvblend_rag.errors import ConfigError, KVBlendError
@@ -36,13 +35,12 @@ class KVBlendVectorStore(BasePydanticVectorStore):
 
     Chunks are content-addressed and stay as long as any node holds them. LlamaIndex replaces an edited document by
     deleting it and adding it anew; so that its unchanged chunks are not computed again, what is deleted is let go
-    after the next ``add``, or at the next ``query``, ``persist``, ``flush`` or ``close``, whichever comes first.
+    after the next ``add``, or at the next ``query``, ``flush`` or ``close``, whichever comes first.
 
     Args:
         store: what is wrapped; it sees every call first.
         kv: engine and store, or a model that has them.
-        docstore: where texts are, for prefetching from a store that returns ids only (Faiss, ``SimpleVectorStore``);
-            ``KVBlendPrefetch`` needs none.
+        docstore: where nodes are, for ``adopt`` of a store that can't list its own.
         background: precompute in a thread of its own; ``flush`` waits for it and raises its errors.
         index: name of this index, where several indexes with the same documents share one chunk store.
         progress: show a progress bar.
@@ -54,10 +52,7 @@ class KVBlendVectorStore(BasePydanticVectorStore):
 
     _store: BasePydanticVectorStore = PrivateAttr()
     _sync: DocumentSync = PrivateAttr()
-    _ids: NodeIds = PrivateAttr()
     _docstore: BaseDocumentStore | None = PrivateAttr()
-    _lock: threading.RLock = PrivateAttr()
-    _doomed: set[str] = PrivateAttr()
 
     def __init__(
         self,
@@ -71,12 +66,10 @@ class KVBlendVectorStore(BasePydanticVectorStore):
         capacity: int = 1024,
     ) -> None:
         super().__init__(stores_text=store.stores_text, is_embedding_query=store.is_embedding_query)
-        handle = handle_of(kv)
         self._store, self._docstore = store, docstore
-        self._sync = DocumentSync(handle, background=background, progress=progress, capacity=capacity)
-        self._ids = NodeIds(handle, index)
-        self._lock = threading.RLock()
-        self._doomed = set()
+        self._sync = DocumentSync(
+            handle_of(kv), namespace=index, background=background, progress=progress, capacity=capacity
+        )
         _open_stores.add(self)
 
     @classmethod
@@ -118,13 +111,12 @@ class KVBlendVectorStore(BasePydanticVectorStore):
         await asyncio.to_thread(self._precompute, nodes)
         return added
 
-    def _precompute(self, nodes: Sequence[BaseNode]) -> IngestReport | None:
-        with self._lock:
-            ids = self._ids.note(nodes)
-            self._doomed.difference_update(ids)
-        report = self._sync.add(ids, [prompt_text(node) for node in nodes])
-        self._let_go()
-        return report
+    def _precompute(self, nodes: Sequence[BaseNode]) -> None:
+        self._sync.add(
+            [node.node_id for node in nodes],
+            [prompt_text(node) for node in nodes],
+            groups=[source_of(node) for node in nodes],
+        )
 
     def adopt(
         self, source: BaseDocumentStore | Iterable[BaseNode] | Any = None, *, progress: bool = True
@@ -140,8 +132,9 @@ class KVBlendVectorStore(BasePydanticVectorStore):
             ConfigError: there are no nodes to be found there.
         """
         nodes = self._nodes_of(source)
-        pairs = ((self._ids.note([node])[0], prompt_text(node)) for node in nodes)
-        return self._sync.adopt(pairs, total=len(nodes), progress=progress)
+        sources = {node.node_id: source_of(node) for node in nodes}
+        pairs = ((node.node_id, prompt_text(node)) for node in nodes)
+        return self._sync.adopt(pairs, group_of=sources.__getitem__, total=len(nodes), progress=progress)
 
     def _nodes_of(self, source: Any) -> list[BaseNode]:
         if source is None:
@@ -167,12 +160,12 @@ class KVBlendVectorStore(BasePydanticVectorStore):
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         """Delete a source document's nodes."""
         self._store.delete(ref_doc_id, **delete_kwargs)
-        self._doom(sources=[ref_doc_id])
+        self._sync.delete(groups=[ref_doc_id], later=True)
 
     async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         """See ``delete``."""
         await self._store.adelete(ref_doc_id, **delete_kwargs)
-        await asyncio.to_thread(self._doom, sources=[ref_doc_id])
+        await asyncio.to_thread(self._sync.delete, groups=[ref_doc_id], later=True)
 
     def delete_nodes(
         self,
@@ -185,7 +178,7 @@ class KVBlendVectorStore(BasePydanticVectorStore):
         if filters is not None:  # which ones these are, only the wrapped store knows
             gone = [node.node_id for node in self._store.get_nodes(node_ids, filters)]
         self._store.delete_nodes(node_ids, filters, **delete_kwargs)
-        self._doom(nodes=gone)
+        self._sync.delete(gone, later=True)
 
     async def adelete_nodes(
         self,
@@ -198,37 +191,17 @@ class KVBlendVectorStore(BasePydanticVectorStore):
         if filters is not None:
             gone = [node.node_id for node in await self._store.aget_nodes(node_ids, filters)]
         await self._store.adelete_nodes(node_ids, filters, **delete_kwargs)
-        await asyncio.to_thread(self._doom, nodes=gone)
+        await asyncio.to_thread(self._sync.delete, gone, later=True)
 
     def clear(self) -> None:
         """Delete everything."""
         self._store.clear()
-        self._doom_all()
+        self._sync.clear()
 
     async def aclear(self) -> None:
         """See ``clear``."""
         await self._store.aclear()
-        await asyncio.to_thread(self._doom_all)
-
-    def _doom(self, sources: Sequence[str] = (), nodes: Sequence[str] = ()) -> None:
-        with self._lock:
-            self._doomed.update(self._ids.find(sources, nodes))
-
-    def _doom_all(self) -> None:
-        with self._lock:
-            self._doomed.update(self._ids.all())
-        self._let_go()
-
-    def _let_go(self, start: bool = True) -> None:
-        with self._lock:
-            doomed = sorted(self._doomed)
-            self._doomed.clear()
-            self._ids.forget(doomed)
-        if doomed and (start or self._sync.kv.started):
-            self._sync.delete(doomed)
-        elif doomed:  # nobody holds their chunks any more: the store's upkeep takes them
-            for each in doomed:
-                self._sync.kv.catalogue.release(each, self._sync.kv.config.tenant)
+        await asyncio.to_thread(self._sync.clear)
 
     # Querying
 
@@ -245,12 +218,9 @@ class KVBlendVectorStore(BasePydanticVectorStore):
         return result
 
     def _prefetch(self, result: VectorStoreQueryResult) -> None:
-        self._let_go()
-        nodes: Sequence[BaseNode] = result.nodes or ()
-        if not nodes and result.ids and self._docstore is not None:
-            nodes = self._docstore.get_nodes(list(result.ids), raise_error=False)
-        if nodes:
-            self._sync.prefetch([prompt_text(node) for node in nodes])
+        nodes = result.nodes or ()
+        ids = [node.node_id for node in nodes] if nodes else result.ids or ()  # Faiss returns ids only
+        self._sync.prefetch([prompt_text(node) for node in nodes], ids=ids)
 
     def get_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> list[BaseNode]:
         """The wrapped store's nodes."""
@@ -271,7 +241,6 @@ class KVBlendVectorStore(BasePydanticVectorStore):
     ) -> None:
         """Persist the wrapped store; the chunk store is on disk already."""
         self._store.persist(persist_path, fs=fs)
-        self._let_go(start=False)
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """The wrapped store's; the chunk store has files of its own."""
@@ -288,12 +257,10 @@ class KVBlendVectorStore(BasePydanticVectorStore):
         Raises:
             KVBlendError: the first thing that went wrong in the background.
         """
-        self._let_go()
         return self._sync.flush()
 
     def close(self) -> None:
         """Flush, and end the background thread; a second call does nothing. The wrapped store stays open."""
-        self._let_go(start=False)
         self._sync.close()
         _open_stores.discard(self)
 
