@@ -18,8 +18,6 @@ from pydantic import BaseModel, Field
 
 from kvblend_rag.demo.library import load_documents
 
-pytestmark = pytest.mark.full  # two of these failed on the real reader when last run; part of `make test-all`
-
 
 @pytest.fixture(scope="module")
 def store(reader_kv):
