@@ -324,6 +324,7 @@ def reader_llm(rigs: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.skip("the demo's base weights are not installed")
     from kvblend_rag import LLM, BlendConfig
     from kvblend_rag.demo.reader import prepare_reader
+    from kvblend_rag.quality.forcing import engine_arguments
 
     rigs.close()
     config = BlendConfig(store_path=str(tmp_path_factory.mktemp("reader") / "store"))
@@ -333,6 +334,7 @@ def reader_llm(rigs: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         enforce_eager=True,
         kv_cache_memory_bytes=1 << 30,
         max_model_len=4096,
+        **engine_arguments(),
     )
     yield llm
     llm.close()

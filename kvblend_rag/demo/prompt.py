@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvblend_rag.demo.library import Document
+from kvblend_rag.quality.prompt import conversation
 
 SYSTEM_PROMPT = "Answer the question from the documents. Give only the answer, in a few words."
 UNANSWERABLE = "Not in the documents."
@@ -13,11 +14,7 @@ UNANSWERABLE = "Not in the documents."
 
 def messages(question: str, documents: Sequence[Document]) -> list[dict[str, str]]:
     """Chat messages: the documents in the given order, joined by a blank line, then the question."""
-    parts = [*(document.content for document in documents), f"Question: {question}"]
-    return [
-        {"role": "system", "content": SYSTEM_PROMPT},
-        {"role": "user", "content": "\n\n".join(parts)},
-    ]
+    return conversation(question, [document.content for document in documents], SYSTEM_PROMPT)
 
 
 __all__ = ["SYSTEM_PROMPT", "UNANSWERABLE", "messages"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -82,6 +83,11 @@ def common_metadata(**fields: Any) -> CommonAttentionMetadata:
     return CommonAttentionMetadata(**{name: value for name, value in fields.items() if name in known})
 
 
+def keep_first_runner() -> None:
+    """Have vLLM use Model Runner V1: V2 takes no logits processors in 0.26, and later of another kind."""
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+
+
 def chat_request(**fields: Any) -> Any:
     """vLLM's ``ChatCompletionRequest``, which its parsers read; it wants no ``tool_choice`` without tools."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -101,6 +107,7 @@ __all__ = [
     "chat_request",
     "common_metadata",
     "find_connector",
+    "keep_first_runner",
     "platform_worker",
     "private_builder",
     "show_prompt",

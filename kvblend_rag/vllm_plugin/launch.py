@@ -19,6 +19,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import ConfigError, EngineUnavailable, ModelNotFound
 from kvblend_rag.vllm_plugin import compat
+from kvblend_rag.vllm_plugin.forced_tokens import PROCESSOR
 
 CONNECTOR = "KVBlendConnector"
 CONNECTOR_MODULE = "kvblend_rag.vllm_plugin.connector"
@@ -62,6 +63,8 @@ def start(model: str, config: BlendConfig, **options: Any) -> AsyncLLM:
     unknown = sorted(options.keys() - known)
     if unknown:
         raise ConfigError(f"vLLM {compat.version()} has no engine argument {unknown[0]!r}.")
+    if PROCESSOR in (options.get("logits_processors") or ()):
+        compat.keep_first_runner()
     arguments = {"model": model, **_platform_defaults(options), **options, **connector_arguments(config)}
     try:
         with _main_module_hidden():

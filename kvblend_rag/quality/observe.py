@@ -1,0 +1,149 @@
+"""Asks an engine every question in every way: answers, the gold answer's likelihood, and reports.
+
+Questions are taken in batches: their documents are ingested, every arm asks all of them at once, and the
+documents are released. Before each pass vLLM's prefix cache is emptied, or an arm would find the KV of the
+one before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from kvblend_rag.conversation.sampling import Sampling
+from kvblend_rag.engine import Engine
+from kvblend_rag.kvblend import KVBlend
+from kvblend_rag.output import RequestOutput
+from kvblend_rag.quality.arms import Arm
+from kvblend_rag.quality.forcing import distributions, forcing
+from kvblend_rag.quality.metrics import Distribution
+from kvblend_rag.quality.questions import Question
+from kvblend_rag.report import BlendReport
+
+GOLD_TOKENS = 48
+"""A longer gold answer is measured up to here."""
+
+ANSWER_TOKENS = 32
+"""Longest greedy answer."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as the model gets it."""
+
+    question: Question
+    prompt: list[int]
+    gold: list[int]
+    """Token ids of the first accepted answer."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One question, asked in one way."""
+
+    answer: str
+    """The greedy answer."""
+    logprobs: tuple[float, ...]
+    """Of the gold answer's tokens, in nats."""
+    distributions: tuple[Distribution, ...]
+    """Of the next token at each of the gold answer's positions."""
+    report: BlendReport
+
+
+Observations = dict[str, list[Observation]]
+"""By arm, one a question."""
+
+
+def prepare(engine: Engine, questions: Iterable[Question], render: Callable[[Question], list[int]]) -> list[Asked]:
+    """The questions that fit into the model's context, as token ids.
+
+    Args:
+        engine: whose tokenizer and context it is.
+        questions: to be asked.
+        render: makes a question's prompt, its documents in it as they are.
+    """
+    asked = []
+    for question in questions:
+        prompt = render(question)
+        # Behind a template's line break an answer begins as it is, behind "Answer:" with a space.
+        space = "" if engine.tokenizer.decode(prompt[-1:])[-1:].isspace() else " "
+        gold = engine.tokenizer.encode(space + question.answers[0], add_special_tokens=False)[:GOLD_TOKENS]
+        if len(prompt) + max(ANSWER_TOKENS, len(gold)) <= engine.info.max_model_len:
+            asked.append(Asked(question, list(prompt), list(gold)))
+    return asked
+
+
+def observe(
+    kvblend: KVBlend, asked: Sequence[Asked], arms: Sequence[Arm], *, batch: int = 16, progress: bool = True
+) -> Observations:
+    """Ask every question in every way.
+
+    Args:
+        kvblend: its engine was started with ``forcing.engine_arguments()``; its store takes up a batch's
+            documents, and gives them back.
+        asked: the questions.
+        arms: the ways.
+        batch: questions at a time.
+        progress: show a progress bar.
+
+    Raises:
+        StoreError: the documents can't be stored.
+        EngineUnavailable: the engine does not force tokens, or died.
+    """
+    observed: Observations = {arm.name: [] for arm in arms}
+    with tqdm(total=2 * len(asked) * len(arms), desc="Asking", unit="answer", disable=not progress) as bar:
+        for start in range(0, len(asked), batch):
+            several = asked[start : start + batch]
+            holders = [_holder(each.question) for each in several for _ in each.question.documents]
+            kvblend.ingest(
+                [document for each in several for document in each.question.documents],
+                document_ids=holders,
+                progress=False,
+            )
+            try:
+                for arm in arms:
+                    observed[arm.name] += _batch(kvblend, several, arm, bar)
+            finally:
+                kvblend.release(sorted(set(holders)))
+    return observed
+
+
+def _holder(question: Question) -> str:
+    return f"quality/{question.set}/{question.id}"
+
+
+def _batch(kvblend: KVBlend, asked: Sequence[Asked], arm: Arm, bar: tqdm[Any]) -> list[Observation]:
+    engine = kvblend.engine
+    options = {"tenant": kvblend.config.tenant, **arm.options}
+    greedy = engine.sampling(Sampling(temperature=0.0, max_tokens=ANSWER_TOKENS))
+    answers = engine.run(_all(engine, [(each.prompt, greedy) for each in asked], options, bar))
+    forced = engine.run(_all(engine, [(each.prompt, forcing(engine, each.gold)) for each in asked], options, bar))
+    observations = []
+    for each, answer, likely in zip(asked, answers, forced, strict=True):
+        logprobs, steps = distributions(likely, each.gold)
+        text = answer.outputs[0].text.strip()
+        observations.append(Observation(text, tuple(logprobs), tuple(steps), answer.report))
+    return observations
+
+
+async def _all(
+    engine: Engine, requests: Sequence[tuple[list[int], Any]], options: dict[str, Any], bar: tqdm[Any]
+) -> list[RequestOutput]:
+    await engine.reset_prefix_cache()
+
+    async def one(prompt: list[int], sampling: Any) -> RequestOutput:
+        final = None
+        async for output in engine.generate(prompt, sampling, options=options):
+            final = output
+        bar.update()
+        assert final is not None
+        return final
+
+    return list(await asyncio.gather(*(one(*request) for request in requests)))
+
+
+__all__ = ["ANSWER_TOKENS", "GOLD_TOKENS", "Asked", "Observation", "Observations", "observe", "prepare"]
