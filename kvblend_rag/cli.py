@@ -157,12 +157,14 @@ def _store(verbs: Any) -> None:
     check.add_argument("--repair", action="store_true", help="mend what is wrong")
     gc = _verb(actions, "gc", "Remove what no document holds, leftovers, and what exceeds the bound.", ("store", "gc"))
     gc.add_argument("--max-gb", type=float, help="bound in GiB; the configured max_disk_gb when not given")
+    sync = _verb(actions, "sync", "List here what other hosts put into the remote tiers.", ("store", "sync"))
+    sync.add_argument("--every", type=float, metavar="SECONDS", help="again and again, until Ctrl-C")
     delete = _verb(actions, "delete", "Forget documents, or everything.", ("store", "delete"))
     delete.add_argument(
         "documents", nargs="*", metavar="DOCUMENT", help="document ids, as `kvblend store stats` lists them"
     )
     delete.add_argument("--all", action="store_true", dest="everything", help="the whole store")
-    for parser in (stats, check, gc, delete):
+    for parser in (stats, check, gc, sync, delete):
         parser.add_argument("--store", metavar="DIR", help="folder of the chunk store")
         parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     _json(stats)

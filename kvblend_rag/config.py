@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from kvblend_rag.address import RemoteAddress
 from kvblend_rag.errors import ConfigError
 
 CONFIG_FILE_VARIABLE = "KVBLEND_CONFIG_FILE"
@@ -70,6 +71,10 @@ class BlendConfig:
 
     max_disk_gb: float = 50.0
     """Bound of the disk tier, in GiB."""
+
+    remote: tuple[str, ...] = ()
+    """Tiers behind the disk that hosts share, the fastest first: ``redis://host:port?max_gb=64``,
+    ``s3://bucket/prefix?max_gb=500``; then the disk is a cache, and the last of these is what must keep a chunk."""
 
     selector: str = "question"
     """Which reused tokens are recomputed: ``none``, ``everything``, ``first``, ``deviation``, ``question``."""
@@ -161,6 +166,9 @@ class BlendConfig:
             if not low <= value <= high:
                 raise ConfigError(f"{name} is {value}, and must lie between {low} and {high:g}.")
 
+        for url in self.remote:
+            RemoteAddress.parse(url)
+
     @classmethod
     def _checked(cls, given: Mapping[str, Any], where: str, parse: bool = False) -> dict[str, Any]:
         hints = get_type_hints(cls)
@@ -204,6 +212,11 @@ def _as_type(name: str, value: Any, kind: Any, where: str) -> Any:
         if isinstance(value, dict):
             return dict(value)
         raise ConfigError(f"{name} {where} is {value!r}, and must hold `key: value` lines.")
+    if kind == tuple[str, ...]:
+        texts = (value,) if isinstance(value, str) else value
+        if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
+            return tuple(texts)
+        raise ConfigError(f"{name} {where} is {value!r}, and must be a text or a list of texts.")
     if kind is float and type(value) is int:
         return float(value)
     wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")

@@ -9,6 +9,7 @@ KVBlendError
 ├── ChunkRejected         an empty chunk, or one too short to be found again
 └── StoreError            the store can't be opened, read or written
     ├── StoreFull         no space left on the device
+    ├── StoreUnreachable  a remote tier doesn't answer, or not in time
     ├── ChunkMissing      the catalogue names a chunk whose tensors are gone
     └── ChunkDamaged      the tensors are there and are not what was written
 """
@@ -52,6 +53,10 @@ class StoreFull(StoreError):
     """The device that holds the store has no space left."""
 
 
+class StoreUnreachable(StoreError):
+    """A remote tier doesn't answer, or not within its timeout; what it holds is unknown."""
+
+
 class ChunkMissing(StoreError):
     """The chunk's tensors are not in any tier of the store."""
 
@@ -82,4 +87,5 @@ __all__ = [
     "RequestTimeout",
     "StoreError",
     "StoreFull",
+    "StoreUnreachable",
 ]

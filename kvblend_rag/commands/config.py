@@ -6,6 +6,7 @@ import os
 
 import yaml
 
+from kvblend_rag.address import without_password
 from kvblend_rag.commands import terminal
 from kvblend_rag.config import CONFIG_FILE_VARIABLE, BlendConfig
 
@@ -17,6 +18,7 @@ def run(*, config: str | None = None, json: str | None = None) -> int:
         ConfigError: a setting that can't be used.
     """
     effective = BlendConfig.load(config).to_dict()
+    effective["remote"] = [without_password(url) for url in effective["remote"]]
     file = config or os.environ.get(CONFIG_FILE_VARIABLE)
     variables = sorted(name for name in os.environ if name.startswith("KVBLEND_") and name != CONFIG_FILE_VARIABLE)
     console = terminal.prose(json)

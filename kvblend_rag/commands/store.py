@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
 from kvblend_rag.commands import terminal
 from kvblend_rag.commands.library_index import remove_documents
 from kvblend_rag.config import BlendConfig
-from kvblend_rag.errors import ConfigError
+from kvblend_rag.errors import ConfigError, StoreUnreachable
 from kvblend_rag.store.layout import StoreLayout, store_error
+
+if TYPE_CHECKING:
+    from kvblend_rag.store.remote import RemoteStore
 
 _LISTED = 20
 
@@ -54,9 +60,10 @@ def stats(*, store: str | None = None, config: str | None = None, json: str | No
 def check(*, repair: bool = False, store: str | None = None, config: str | None = None) -> int:
     """Read every file and every row; 1 when something is wrong and was not mended."""
     settings = _existing(store, config)
-    from kvblend_rag.store import upkeep
+    from kvblend_rag.store import open_remote, upkeep
 
-    result = upkeep.check(settings.store_path, repair=repair, progress=terminal.err().is_terminal)
+    with _closing(open_remote(settings)) as remote:
+        result = upkeep.check(settings.store_path, repair=repair, progress=terminal.err().is_terminal, remote=remote)
     for line in result.summary():
         terminal.out().print(line)
     if result.ok or repair:
@@ -68,15 +75,44 @@ def check(*, repair: bool = False, store: str | None = None, config: str | None 
 def gc(*, max_gb: float | None = None, store: str | None = None, config: str | None = None) -> int:
     """Remove what nobody needs."""
     settings = _existing(store, config)
-    from kvblend_rag.store import upkeep
+    from kvblend_rag.store import open_remote, upkeep
 
     bound = settings.max_disk_gb if max_gb is None else max_gb
     if bound < 0:
         raise ConfigError(f"--max-gb is {bound:g}, and must be 0 or more.")
-    terminal.out().print(
-        upkeep.gc(settings.store_path, int(bound * 2**30), progress=terminal.err().is_terminal).summary()
+    result = upkeep.gc(
+        settings.store_path, int(bound * 2**30), progress=terminal.err().is_terminal, remote=open_remote(settings)
     )
+    terminal.out().print(result.summary())
     return 0
+
+
+def sync(*, every: float | None = None, store: str | None = None, config: str | None = None) -> int:
+    """List here what other hosts put into the remote tiers, once or until Ctrl-C.
+
+    Raises:
+        ConfigError: no remote tier is configured, or ``every`` is no number of seconds.
+    """
+    given = {"store_path": str(Path(store).expanduser())} if store else {}
+    settings = BlendConfig.load(config, **given)
+    if not settings.remote:
+        raise ConfigError("There is no remote tier to learn from: set `remote`, as s3://bucket/prefix.")
+    if every is not None and not every > 0:
+        raise ConfigError(f"--every is {every:g}, and must be above 0.")
+    from kvblend_rag.store import open_remote
+    from kvblend_rag.store.sync import sync
+
+    with _closing(open_remote(settings)) as remote:
+        while True:
+            try:
+                terminal.out().print(sync(settings.store_path, remote, progress=terminal.err().is_terminal).summary())
+            except StoreUnreachable as error:
+                if every is None:
+                    raise
+                terminal.complain(str(error))
+            if every is None:
+                return 0
+            time.sleep(every)
 
 
 def delete(
@@ -94,24 +130,32 @@ def delete(
         _remove(Path(settings.store_path))
         terminal.out().print(f"Deleted {settings.store_path}.")
         return 0
-    from kvblend_rag.store import Catalogue
-    from kvblend_rag.store.disk import DiskStore
+    from kvblend_rag.store import Catalogue, open_store
 
     catalogue = Catalogue(settings.store_path)
-    disk = DiskStore(settings.store_path, catalogue=catalogue)
+    stored = open_store(settings)
     try:
         known = {each.document_id for each in catalogue.documents() if each.tenant == settings.tenant}
         unknown = [each for each in documents if each not in known]
         if unknown:
             raise ConfigError(f"The store holds no document {unknown[0]!r}: `kvblend store stats` lists them.")
         free = [key for each in documents for key in catalogue.release(each, settings.tenant)]
-        gone = disk.delete_unheld(free)
+        gone = stored.delete_unheld(free)
     finally:
-        disk.close()
+        stored.close()
         catalogue.close()
     remove_documents(settings, documents)
     terminal.out().print(f"Forgot {len(documents)} documents and deleted {len(gone)} chunks.")
     return 0
+
+
+@contextlib.contextmanager
+def _closing(tiers: list[RemoteStore]) -> Iterator[list[RemoteStore]]:
+    try:
+        yield tiers
+    finally:
+        for tier in tiers:
+            tier.close()
 
 
 def _existing(store: str | None, config: str | None) -> BlendConfig:
@@ -139,4 +183,4 @@ def _remove(root: Path) -> None:
         raise store_error(error, root, "deleted") from error
 
 
-__all__ = ["check", "delete", "gc", "stats"]
+__all__ = ["check", "delete", "gc", "stats", "sync"]

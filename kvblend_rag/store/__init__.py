@@ -1,6 +1,7 @@
 """Where the KV of chunks lives: tiers of tensors by key, and the catalogue beside them.
 
-Reading order: base, layout, chunk_file, memory, disk, tiered, catalogue, upkeep, open. Names are
+Reading order: base, layout, chunk_file, memory, disk, remote, valkey, s3, tiered, catalogue, upkeep, sync,
+open. Names are
 imported on first use, so that the catalogue can be read without torch.
 """
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from kvblend_rag.store.disk import DiskStore
     from kvblend_rag.store.layout import StoreLayout
     from kvblend_rag.store.memory import MemoryStore
-    from kvblend_rag.store.open import open_catalogue, open_store
+    from kvblend_rag.store.open import open_catalogue, open_remote, open_store
     from kvblend_rag.store.tiered import TieredStore
 
 _HOMES = {
@@ -27,6 +28,7 @@ _HOMES = {
     "StoredChunk": "base",
     "TieredStore": "tiered",
     "open_catalogue": "open",
+    "open_remote": "open",
     "open_store": "open",
 }
 
@@ -46,5 +48,6 @@ __all__ = [
     "StoredChunk",
     "TieredStore",
     "open_catalogue",
+    "open_remote",
     "open_store",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -18,6 +18,7 @@ from kvblend_rag.store.chunk_file import read_chunk
 from kvblend_rag.store.database import CatalogueDamaged
 from kvblend_rag.store.disk import DiskStore
 from kvblend_rag.store.layout import Shard, StoreLayout, store_error
+from kvblend_rag.store.remote import RemoteStore
 from kvblend_rag.store.tables import ANONYMOUS, ChunkRow
 
 T = TypeVar("T")
@@ -72,13 +73,16 @@ class CheckResult:
         ]
 
 
-def check(root: str | Path, repair: bool = False, progress: bool = False) -> CheckResult:
+def check(
+    root: str | Path, repair: bool = False, progress: bool = False, remote: Sequence[RemoteStore] = ()
+) -> CheckResult:
     """Read every file and every row of a store, and compare them.
 
     Args:
         root: the store's folder.
         repair: mend what is found.
         progress: show a bar.
+        remote: remote tiers behind the disk; what they hold is listed rightly, file or not.
 
     Raises:
         StoreError: there is no store, or it can't be read (or, to repair it, written).
@@ -92,9 +96,11 @@ def check(root: str | Path, repair: bool = False, progress: bool = False) -> Che
     if catalogue is None:
         return result
     with contextlib.closing(catalogue):
-        _compare(layout, sound, catalogue.rows(), result)
+        rows = catalogue.rows()
+        elsewhere = {(part.key, part.shard) for tier in remote for part in tier.parts()}
+        _compare(layout, sound, rows, elsewhere, result)
         if repair:
-            _drop_broken(layout, catalogue, result)
+            _drop_broken(layout, catalogue, elsewhere, result)
             _list_again(layout, catalogue, sound, result)
             unlink(temporaries)
     return result
@@ -167,29 +173,33 @@ def _open_catalogue(layout: StoreLayout, result: CheckResult) -> Catalogue | Non
     return catalogue
 
 
-def _compare(layout: StoreLayout, sound: dict[Place, ChunkRow], rows: list[ChunkRow], result: CheckResult) -> None:
+def _compare(
+    layout: StoreLayout, sound: dict[Place, ChunkRow], rows: list[ChunkRow], elsewhere: set[Place], result: CheckResult
+) -> None:
     unlisted = dict(sound)
     for row in rows:
         place = (row.key, (row.rank, row.shard_count))
         path = layout.chunk_path(*place)
         written = unlisted.pop(place, None)
         if written is None:
-            if not path.is_file():  # otherwise damaged, or written since
+            if not path.is_file() and place not in elsewhere:  # otherwise damaged, or written since
                 result.rows_without_file.append(path.name)
         elif row.namespace != written.namespace or not np.array_equal(row.token_ids, written.token_ids):
             result.damaged_rows.append(row.key)
     result.files_without_row += [layout.chunk_path(*place).name for place in unlisted]
 
 
-def _drop_broken(layout: StoreLayout, catalogue: Catalogue, result: CheckResult) -> None:
-    stores: dict[Shard, DiskStore] = {}
+def _drop_broken(layout: StoreLayout, catalogue: Catalogue, elsewhere: set[Place], result: CheckResult) -> None:
+    stores: dict[tuple[Shard, bool], DiskStore] = {}
     names = (*result.damaged_files, *result.rows_without_file)
     for _, key, shard in filter(None, map(layout.parse, names)):
-        if shard not in stores:
-            stores[shard] = DiskStore(layout.root, shard=shard, catalogue=catalogue)
+        keep_row = (key, shard) in elsewhere
+        if (shard, keep_row) not in stores:
+            listing = None if keep_row else catalogue
+            stores[shard, keep_row] = DiskStore(layout.root, shard=shard, catalogue=listing)
         # reading does what is needed, and leaves alone what a server has renewed meanwhile
         with contextlib.suppress(ChunkDamaged, ChunkMissing):
-            stores[shard].read(key)
+            stores[shard, keep_row].read(key)
 
 
 def _list_again(layout: StoreLayout, catalogue: Catalogue, sound: dict[Place, ChunkRow], result: CheckResult) -> None:

@@ -121,6 +121,22 @@ def read_chunk(layout: StoreLayout, path: Path, key: str, shard: Shard) -> Store
         raise ChunkMissing(f"Chunk {key} is not in the store: ingest its text again.") from error
     except OSError as error:
         raise store_error(error, path, "read") from error
+    return decode_chunk(layout, raw, path, key, shard)
+
+
+def decode_chunk(layout: StoreLayout, raw: torch.Tensor, path: Path | str, key: str, shard: Shard) -> StoredChunk:
+    """One rank's part of a chunk from the bytes of its file, verified and not copied.
+
+    Args:
+        layout: the format that is read.
+        raw: uint8, shape (bytes,).
+        path: where the bytes come from, for messages.
+        key: the chunk that was asked for.
+        shard: the rank's part that was asked for.
+
+    Raises:
+        ChunkDamaged: it isn't, byte for byte, what was written for this key and shard.
+    """
     header, start = _verified_header(layout, raw, path)
     metadata = header["__metadata__"]
     written = (metadata["key"], metadata["shard"])
@@ -157,7 +173,7 @@ def _read_file(path: Path) -> torch.Tensor:
     return raw[: raw.numel() - len(rest)]
 
 
-def _verified_header(layout: StoreLayout, raw: torch.Tensor, path: Path) -> tuple[dict[str, Any], int]:
+def _verified_header(layout: StoreLayout, raw: torch.Tensor, path: Path | str) -> tuple[dict[str, Any], int]:
     view = raw.numpy().data
     start = 8 + int.from_bytes(view[:8], "little")
     if not 8 < start <= min(len(view), _MAX_HEADER):
@@ -187,8 +203,8 @@ def _shard_name(shard: Shard) -> str:
     return f"{shard[0]}of{shard[1]}"
 
 
-def _damaged(path: Path, how: str) -> ChunkDamaged:
+def _damaged(path: Path | str, how: str) -> ChunkDamaged:
     return ChunkDamaged(f"{path} {how}: ingest the chunk's text again.")
 
 
-__all__ = ["encode_chunk", "read_chunk", "write_chunk"]
+__all__ = ["decode_chunk", "encode_chunk", "read_chunk", "write_chunk"]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlunsplit
 
+from kvblend_rag.address import RemoteAddress
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.store.catalogue import Catalogue
-from kvblend_rag.store.layout import Shard
+from kvblend_rag.store.layout import Shard, StoreLayout
 
 if TYPE_CHECKING:
+    from kvblend_rag.store.remote import RemoteStore
     from kvblend_rag.store.tiered import TieredStore
 
 _GIB = 1 << 30
 
 
 def open_store(config: BlendConfig, shard: Shard = (0, 1), pin: bool = False) -> TieredStore:
-    """The chunk store: ``cpu`` puts host memory in front of the disk, ``disk`` is the disk alone.
+    """The chunk store: ``cpu`` puts host memory in front of the disk, and ``remote`` tiers stand behind it.
 
     Args:
         config: where, and how large.
@@ -24,6 +28,7 @@ def open_store(config: BlendConfig, shard: Shard = (0, 1), pin: bool = False) ->
 
     Raises:
         StoreError: the folder or its catalogue can't be made or read.
+        ConfigError: a remote tier's client is not installed, or its address can't be used.
     """
     # here, so that the catalogue opens without torch
     from kvblend_rag.store.base import ChunkStore
@@ -34,15 +39,55 @@ def open_store(config: BlendConfig, shard: Shard = (0, 1), pin: bool = False) ->
     tiers: list[ChunkStore] = []
     if config.local_device == "cpu":
         tiers.append(MemoryStore(int(config.max_memory_gb * _GIB), pin=pin))
+    remote = open_remote(config, shard)
+    catalogue = open_catalogue(config)
+    # what leaves the disk may still stand in a remote tier, so its row is then not the disk's to drop
     tiers.append(
         DiskStore(
             config.store_path,
             shard=shard,
             max_bytes=int(config.max_disk_gb * _GIB),
-            catalogue=open_catalogue(config),
+            catalogue=None if remote else catalogue,
         )
     )
-    return TieredStore(tiers)
+    return TieredStore([*tiers, *remote], catalogue=catalogue if remote else None)
+
+
+def open_remote(config: BlendConfig, shard: Shard = (0, 1)) -> list[RemoteStore]:
+    """The remote tiers, the fastest first; nothing is asked of the servers yet.
+
+    Raises:
+        ConfigError: a client's package is missing, or an address can't be used.
+    """
+    layout = StoreLayout(Path(config.store_path))
+    return [_open_remote(RemoteAddress.parse(url), layout, shard) for url in config.remote]
+
+
+def _open_remote(address: RemoteAddress, layout: StoreLayout, shard: Shard) -> RemoteStore:
+    url, options = address.url, address.options
+    if url.scheme == "s3":
+        from kvblend_rag.store.s3 import S3Store
+
+        return S3Store(
+            url.netloc,
+            url.path.strip("/"),
+            layout,
+            shard=shard,
+            max_bytes=address.max_bytes,
+            timeout_s=address.timeout_s,
+            endpoint=options.get("endpoint"),
+            region=options.get("region"),
+        )
+    from kvblend_rag.store.valkey import ValkeyStore
+
+    return ValkeyStore(
+        urlunsplit(url),
+        options.get("prefix", "kvblend"),
+        layout,
+        shard=shard,
+        max_bytes=address.max_bytes,
+        timeout_s=address.timeout_s,
+    )
 
 
 def open_catalogue(config: BlendConfig) -> Catalogue:
@@ -54,4 +99,4 @@ def open_catalogue(config: BlendConfig) -> Catalogue:
     return Catalogue(config.store_path)
 
 
-__all__ = ["open_catalogue", "open_store"]
+__all__ = ["open_catalogue", "open_remote", "open_store"]

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from kvblend_rag.errors import ChunkMissing, StoreError
+from kvblend_rag.errors import ChunkDamaged, ChunkMissing, StoreError
 from kvblend_rag.store.base import ChunkStore, StoredChunk
+from kvblend_rag.store.catalogue import Catalogue
 
 
 class TieredStore(ChunkStore):
@@ -19,12 +20,15 @@ class TieredStore(ChunkStore):
 
     Args:
         tiers: at least one, the fastest first.
+        catalogue: when chunks are listed for all tiers together, and closed with this store: one that no
+            tier holds any more loses its row. None: the durable tier looks after the rows itself.
     """
 
     name = "tiered"
 
-    def __init__(self, tiers: Sequence[ChunkStore]) -> None:
+    def __init__(self, tiers: Sequence[ChunkStore], catalogue: Catalogue | None = None) -> None:
         *self._caches, self._durable = tiers
+        self._catalogue = catalogue
 
     @property
     def tiers(self) -> tuple[ChunkStore, ...]:
@@ -68,11 +72,17 @@ class TieredStore(ChunkStore):
     def delete(self, keys: Iterable[str]) -> None:
         """Forget chunks in every tier."""
         keys = list(keys)
+        if self._catalogue is not None:
+            self._catalogue.remove(keys)
         for tier in reversed(self.tiers):
             tier.delete(keys)
 
     def delete_unheld(self, keys: Iterable[str]) -> list[str]:
         """Forget, in every tier, those of the chunks that no document holds; returns their keys."""
+        if self._catalogue is not None:
+            gone = self._catalogue.remove(keys, unless_held=True)
+            self.delete(gone)
+            return gone
         gone = self._durable.delete_unheld(keys)
         for tier in self._caches:
             tier.delete(gone)
@@ -91,6 +101,8 @@ class TieredStore(ChunkStore):
         """Close every tier."""
         for tier in self.tiers:
             tier.close()
+        if self._catalogue is not None:
+            self._catalogue.close()
 
     def _read(self, key: str) -> tuple[StoredChunk, str]:
         problem: StoreError | None = None
@@ -98,20 +110,33 @@ class TieredStore(ChunkStore):
             try:
                 chunk = tier.read(key)
             except StoreError as error:
-                # damage in one tier outranks absence from the next
-                problem = error if problem is None or isinstance(problem, ChunkMissing) else problem
+                # damage in one tier outranks absence from the next, and a tier that can't be asked outranks both
+                if problem is None or _weight(error) > _weight(problem):
+                    problem = error
                 continue
             self._promote(chunk, self._caches[:depth])
             for slower in self.tiers[depth + 1 :]:
                 slower.touch(key)
             return chunk, tier.name
         assert problem is not None
+        if isinstance(problem, (ChunkMissing, ChunkDamaged)):
+            self._unlist(key)
         raise problem
+
+    def _unlist(self, key: str) -> None:
+        # a writer may have put it meanwhile; should its row go all the same, the chunk is computed once more
+        with contextlib.suppress(StoreError):
+            if self._catalogue is not None and not self.contains(key):
+                self._catalogue.remove([key])
 
     def _promote(self, chunk: StoredChunk, caches: Sequence[ChunkStore]) -> None:
         for cache in caches:
             with contextlib.suppress(StoreError):
                 cache.put(chunk)
+
+
+def _weight(error: StoreError) -> int:
+    return 0 if isinstance(error, ChunkMissing) else 1 if isinstance(error, ChunkDamaged) else 2
 
 
 __all__ = ["TieredStore"]

@@ -110,6 +110,11 @@ REASONS = {
         *constants("document_use.py", "NOT_INGESTED", "TOO_SHORT", "CUT", "ESCAPED", "ABSENT", "CACHED", "OTHER")
     ],
     "ingest": [*raised("ingest.py", "ChunkRejected")],
+    "remote": [
+        *raised("store/remote.py", "StoreFull", "StoreUnreachable", "ChunkMissing"),
+        *raised("store/valkey.py", "StoreFull", "StoreUnreachable"),
+        *raised("store/s3.py", "StoreUnreachable"),
+    ],
     "disk": [*raised("store/disk.py", "StoreFull")],
     "launch": [
         *raised("vllm_plugin/launch.py", "ConfigError", "ModelNotFound", "EngineUnavailable"),
