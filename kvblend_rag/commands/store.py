@@ -176,6 +176,7 @@ def _remove(root: Path) -> None:
                     shutil.rmtree(path)
             for path in root.glob(f"{layout.catalogue.name}*"):
                 path.unlink()
+            layout.journal.unlink(missing_ok=True)
         (root / "lock").unlink(missing_ok=True)
         if not any(root.iterdir()):
             root.rmdir()

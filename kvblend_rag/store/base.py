@@ -63,6 +63,10 @@ class ChunkStore(ABC):
     def contains(self, key: str) -> bool:
         """Whether the tier holds the chunk, without reading it."""
 
+    def keeps(self, key: str) -> bool:
+        """Whether the tier holds the chunk, once every removal that is under way is done."""
+        return self.contains(key)
+
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
         """Forget chunks; unknown keys are passed over."""

@@ -1,9 +1,11 @@
 """Catalogue: which chunks the store holds whole, their token ids, and which documents want them.
 
 One SQLite file, written by any number of processes and threads. It knows keys and token ids and never
-opens a tensor. Two rules keep it true:
+opens a tensor. Three rules keep it true:
 
 - files before rows: a row is added after its tensors are durable, and removed before they go;
+- the journal before the commit: what documents hold is written down beside the catalogue too, and a new
+  catalogue begins with it;
 - holds before rows: a document holds its keys before it asks which are ``missing``, so that a release
   elsewhere can't take them away in between.
 """
@@ -19,6 +21,7 @@ from typing import NamedTuple
 from kvblend_rag.blend.chunk import TokenIds
 from kvblend_rag.store import tables
 from kvblend_rag.store.database import Database
+from kvblend_rag.store.journal import Journal
 from kvblend_rag.store.layout import StoreLayout
 from kvblend_rag.store.tables import ANONYMOUS, ChunkRow
 
@@ -56,7 +59,12 @@ class Catalogue:
         layout = StoreLayout(Path(root))
         layout.create()
         self._database = Database(layout, tables.SCHEMA, tables.VERSION)
+        self._journal = Journal(layout)
         self._seen: int | None = None
+        if not self._journal.exists():  # a new store, or one of an older release
+            self.tidy_journal()
+        elif self._database.fresh:
+            self._restore_holds()
 
     def add(self, key: str, namespace: str, token_ids: TokenIds, rank: int, shard_count: int, nbytes: int) -> None:
         """Register a rank's part of a chunk, whose file is durable; the last rank makes it visible."""
@@ -97,25 +105,45 @@ class Catalogue:
     def hold(self, document_id: str, keys: Iterable[str], tenant: str = "") -> None:
         """Let a document hold further chunks, stored or about to be; ``ANONYMOUS`` holds for nobody."""
         with self._database.writing() as sql:
-            tables.hold(sql, tenant, document_id, keys)
+            fresh = tables.hold(sql, tenant, document_id, keys)
+            if fresh and document_id != ANONYMOUS:
+                self._journal.append(["hold", tenant, document_id, fresh])
 
     def replace_holds(self, document_id: str, keys: Iterable[str], tenant: str = "") -> list[str]:
         """Let an edited document hold exactly these chunks; returns the keys nobody holds any more."""
         with self._database.writing() as sql:
             before = tables.let_go(sql, tenant, document_id)
-            tables.hold(sql, tenant, document_id, keys)
+            now = tables.hold(sql, tenant, document_id, keys)
+            if set(before) != set(now) and document_id != ANONYMOUS:
+                self._journal.append(["let_go", tenant, document_id], ["hold", tenant, document_id, now])
             return tables.without_holder(sql, before)
 
     def release(self, document_id: str, tenant: str = "") -> list[str]:
         """Forget a document; returns the keys nobody holds any more (``ChunkStore.delete_unheld``)."""
         with self._database.writing() as sql:
             tables.leave(sql, tenant, document_id)
-            return tables.without_holder(sql, tables.let_go(sql, tenant, document_id))
+            before = tables.let_go(sql, tenant, document_id)
+            if document_id != ANONYMOUS:
+                self._journal.append(["leave", tenant, document_id], ["let_go", tenant, document_id])
+            return tables.without_holder(sql, before)
 
     def join(self, groups: Iterable[tuple[str, str]], tenant: str = "") -> None:
         """Let documents be members of groups, given as (group, document), until they are released."""
+        groups = list(groups)
         with self._database.writing() as sql:
             tables.join(sql, tenant, groups)
+            self._journal.append(["join", tenant, groups])
+
+    def tidy_journal(self) -> int:
+        """Write the journal anew, as short as it can be; returns how many of its lines were damaged."""
+        with self._database.writing() as sql:
+            damaged = self._journal.read().damaged
+            self._journal.rewrite(tables.holds(sql).records())
+        return damaged
+
+    def damaged_journal_lines(self) -> int:
+        """How many lines of the journal are not what was written."""
+        return self._journal.read().damaged
 
     def members(self, group: str, tenant: str = "") -> list[str]:
         """The documents of a group."""
@@ -231,6 +259,14 @@ class Catalogue:
     def verify(self) -> None:
         """Read the whole file; raises ``StoreError`` when it is damaged."""
         self._database.verify()
+
+    def _restore_holds(self) -> None:
+        holds = self._journal.read()
+        with self._database.writing() as sql:
+            for (tenant, document_id), keys in holds.documents.items():
+                tables.hold(sql, tenant, document_id, keys)
+            for tenant, group, document_id in holds.members:
+                tables.join(sql, tenant, [(group, document_id)])
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

@@ -35,7 +35,7 @@ class CheckResult:
     nbytes: int = 0
     """Bytes in them."""
     catalogue_problem: str | None = None
-    """Why the catalogue can't be read. Repair: put aside and made anew, without the documents."""
+    """Why the catalogue can't be read. Repair: put aside and made anew from the journal and the files."""
     damaged_files: list[str] = field(default_factory=list)
     """Names of chunk files that fail their checksum. Repair: put aside, the chunk's row dropped."""
     rows_without_file: list[str] = field(default_factory=list)
@@ -46,6 +46,8 @@ class CheckResult:
     """Keys whose row says something else than the file. Repair: the row written anew."""
     temporaries: list[str] = field(default_factory=list)
     """Names of files whose writer died. Repair: deleted."""
+    journal_lines: int = 0
+    """Damaged lines of the documents' journal. Repair: written anew from the catalogue."""
 
     @property
     def ok(self) -> bool:
@@ -56,7 +58,7 @@ class CheckResult:
         """What was found and what was done about it, a sentence each."""
         lines = [f"{self.files} chunk files are sound ({self.nbytes / 2**20:,.1f} MiB)."]
         if self.catalogue_problem:
-            done = "Put aside and rebuilt from the chunk files; documents must be registered again."
+            done = "The catalogue was put aside and made anew from the chunk files and the documents' journal."
             lines.append(done if self.repaired else self.catalogue_problem)
         lines += [
             f"{count} {what}{f': {done}' if self.repaired else ''}." for count, what, done in self._findings() if count
@@ -70,6 +72,7 @@ class CheckResult:
             (len(self.files_without_row), "chunk files are not listed", "listed again"),
             (len(self.damaged_rows), "rows contradict their file", "written anew"),
             (len(self.temporaries), "half-written files were left behind", "deleted"),
+            (self.journal_lines, "lines of the documents' journal are damaged", "written anew"),
         ]
 
 
@@ -99,7 +102,9 @@ def check(
         rows = catalogue.rows()
         elsewhere = {(part.key, part.shard) for tier in remote for part in tier.parts()}
         _compare(layout, sound, rows, elsewhere, result)
+        result.journal_lines = catalogue.damaged_journal_lines()
         if repair:
+            catalogue.tidy_journal()
             _drop_broken(layout, catalogue, elsewhere, result)
             _list_again(layout, catalogue, sound, result)
             unlink(temporaries)

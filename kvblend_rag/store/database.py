@@ -42,6 +42,8 @@ class Database:
                     f"{self._path} has format {found}, and this release reads {version}: "
                     "upgrade kvblend-rag, or choose another store_path."
                 )
+            self.fresh = not found
+            """Whether the file was made now."""
             if found < version:
                 self._writer.executescript(f"{schema}; PRAGMA user_version = {version};")
 

@@ -80,6 +80,11 @@ class DiskStore(ChunkStore):
         """Whether this rank's file is there."""
         return self._layout.chunk_path(key, self._shard).is_file()
 
+    def keeps(self, key: str) -> bool:
+        """Whether this rank's file is there, and no eviction that began before will take it."""
+        with self._layout.lock():
+            return self.contains(key)
+
     def delete(self, keys: Iterable[str]) -> None:
         """Delete the files of all ranks, after the chunks' rows."""
         self._delete(list(keys), unless_held=False)

@@ -43,6 +43,7 @@ class StoreLayout:
             catalogue.sqlite                        token ids, documents, change log
             chunks/ab/<key>.r0of1.safetensors       one chunk, one rank's heads; ab: the key's first digits
             chunks/ab/<key>.….<random>.tmp          being written; its writer holds a lock on it
+            documents.log                           what documents hold, should the catalogue be lost
             damaged/                                the latest few that failed their checksum
             lock                                    held while a file appears or disappears
     """
@@ -55,6 +56,11 @@ class StoreLayout:
     def catalogue(self) -> Path:
         """The SQLite file."""
         return self.root / "catalogue.sqlite"
+
+    @property
+    def journal(self) -> Path:
+        """What documents hold, once more."""
+        return self.root / "documents.log"
 
     @property
     def chunks(self) -> Path:

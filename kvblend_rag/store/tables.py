@@ -13,6 +13,7 @@ import numpy as np
 
 from kvblend_rag.blend.chunk import TokenIds, as_token_ids
 from kvblend_rag.errors import StoreError
+from kvblend_rag.store.journal import Holds
 from kvblend_rag.store.layout import checked_key
 
 ANONYMOUS = ""
@@ -104,10 +105,13 @@ def forget(sql: sqlite3.Connection, keys: list[str]) -> None:
         sql.execute("INSERT INTO forgotten VALUES (?)", (horizon,))
 
 
-def hold(sql: sqlite3.Connection, tenant: str, document_id: str, keys: Iterable[str]) -> None:
-    """Let a document hold further keys."""
-    rows = [(tenant, document_id, checked_key(key)) for key in keys]
-    sql.executemany("INSERT OR IGNORE INTO document VALUES (?, ?, ?)", rows)
+def hold(sql: sqlite3.Connection, tenant: str, document_id: str, keys: Iterable[str]) -> list[str]:
+    """Let a document hold further keys; returns those it did not hold yet."""
+    document = (tenant, document_id)
+    already = {key for (key,) in sql.execute("SELECT key FROM document WHERE tenant = ? AND document_id = ?", document)}
+    fresh = [key for key in dict.fromkeys(map(checked_key, keys)) if key not in already]
+    sql.executemany("INSERT INTO document VALUES (?, ?, ?)", [(*document, key) for key in fresh])
+    return fresh
 
 
 def let_go(sql: sqlite3.Connection, tenant: str, document_id: str) -> list[str]:
@@ -126,6 +130,15 @@ def join(sql: sqlite3.Connection, tenant: str, groups: Iterable[tuple[str, str]]
 def leave(sql: sqlite3.Connection, tenant: str, document_id: str) -> None:
     """Let a document be a member of no group."""
     sql.execute("DELETE FROM member WHERE tenant = ? AND document_id = ?", (tenant, document_id))
+
+
+def holds(sql: sqlite3.Connection) -> Holds:
+    """What every document but the anonymous ones holds, and the groups."""
+    found = Holds(members=set(sql.execute("SELECT tenant, group_id, document_id FROM member")))
+    rows = sql.execute("SELECT tenant, document_id, key FROM document WHERE document_id <> ?", (ANONYMOUS,))
+    for tenant, document_id, key in rows:
+        found.documents.setdefault((tenant, document_id), set()).add(key)
+    return found
 
 
 def held(sql: sqlite3.Connection, keys: list[str]) -> set[str]:
@@ -161,6 +174,7 @@ __all__ = [
     "forget",
     "held",
     "hold",
+    "holds",
     "join",
     "leave",
     "let_go",

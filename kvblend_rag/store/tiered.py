@@ -69,6 +69,10 @@ class TieredStore(ChunkStore):
         """Whether any tier holds the chunk."""
         return self.locate(key) is not None
 
+    def keeps(self, key: str) -> bool:
+        """Whether the durable tier holds the chunk, once every removal that is under way is done."""
+        return self._durable.keeps(key)
+
     def delete(self, keys: Iterable[str]) -> None:
         """Forget chunks in every tier."""
         keys = list(keys)

@@ -66,6 +66,7 @@ def gc(
         keys = catalogue.unheld()
         batches = [keys[start : start + _BATCH] for start in range(0, len(keys), _BATCH)]
         unheld = [key for batch in with_bar(batches, "gc", progress) for key in store.delete_unheld(batch)]
+        catalogue.tidy_journal()
         over_bound = disk.evict(max_bytes) if max_bytes is not None else []
         freed = before - disk.nbytes()
     temporaries = list(layout.temporaries())

@@ -8,6 +8,7 @@ import threading
 from kvblend_rag.errors import KVBlendError
 from kvblend_rag.store import Catalogue, StoredChunk, TieredStore
 from kvblend_rag.store.layout import Shard
+from kvblend_rag.store.listing import put_and_list
 
 _WAITING = 8
 """Chunks that may wait to be written before the engine waits for them."""
@@ -51,8 +52,7 @@ class Writer:
     def _work(self) -> None:
         while (chunk := self._queue.get()) is not None:
             try:
-                self._store.put(chunk)
-                self._catalogue.add(chunk.key, chunk.namespace, chunk.token_ids, *self._shard, chunk.kv.nbytes)
+                put_and_list(self._store, self._catalogue, [chunk], self._shard)
             except KVBlendError as error:
                 self._fail(chunk.key, str(error))
             except Exception as error:  # whatever else goes wrong must not end the thread

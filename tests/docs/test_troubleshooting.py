@@ -115,7 +115,7 @@ REASONS = {
         *raised("store/valkey.py", "StoreFull", "StoreUnreachable"),
         *raised("store/s3.py", "StoreUnreachable"),
     ],
-    "disk": [*raised("store/disk.py", "StoreFull")],
+    "disk": [*raised("store/disk.py", "StoreFull"), *raised("store/listing.py", "StoreFull")],
     "launch": [
         *raised("vllm_plugin/launch.py", "ConfigError", "ModelNotFound", "EngineUnavailable"),
         *raised("vllm_plugin/engine.py", "ConfigError", "EngineUnavailable"),

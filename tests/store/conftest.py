@@ -9,6 +9,7 @@ import torch
 from kvblend_rag.blend.chunk import chunk_key
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.store import Catalogue, DiskStore, StoredChunk
+from kvblend_rag.store.listing import put_and_list
 from kvblend_rag.store.open import open_remote
 
 _spec = importlib.util.spec_from_file_location("store_servers", Path(__file__).with_name("servers.py"))
@@ -54,8 +55,7 @@ def ingest():
 
     def ingest(store, catalogue, chunk, document="", rank=0, size=1):
         catalogue.hold(document, [chunk.key])
-        store.put(chunk)
-        catalogue.add(chunk.key, chunk.namespace, chunk.token_ids, rank, size, chunk.kv.nbytes)
+        put_and_list(store, catalogue, [chunk], (rank, size))
 
     return ingest
 
