@@ -41,6 +41,8 @@ class FakeRequest:
     params: FakeParams
     """``params.settings`` is what was asked for; ``params.structured_outputs`` what vLLM's parsers made of it."""
     options: dict[str, Any] = field(default_factory=dict)
+    report: BlendReport = field(default_factory=BlendReport)
+    """What is reused of the prompt."""
 
 
 class FakeEngine(Engine):
@@ -199,16 +201,16 @@ class FakeEngine(Engine):
             prompt_token_ids=tuple(tokens.tolist()),
             params=params,
             options=options,
+            report=self._shelf.report(request_id, tokens, options),
         )
         self.requests.append(request)
-        report = self._shelf.report(request_id, tokens, options)
         room = self.info.max_model_len - len(tokens)
         answers = [self._answer(request, room) for _ in range(params.settings.n)]
         self._running += 1
         self.peak = max(self.peak, self._running)
         finished = False
         try:
-            async for output in self._outputs(request, answers, report):
+            async for output in self._outputs(request, answers):
                 finished = output.finished
                 yield output
         finally:
@@ -229,9 +231,7 @@ class FakeEngine(Engine):
             raise given
         return ScriptedAnswer.cut(str(given), self.tokenizer, request.params.settings, room)
 
-    async def _outputs(
-        self, request: FakeRequest, answers: Sequence[ScriptedAnswer], report: BlendReport
-    ) -> AsyncIterator[RequestOutput]:
+    async def _outputs(self, request: FakeRequest, answers: Sequence[ScriptedAnswer]) -> AsyncIterator[RequestOutput]:
         started = time.time()
         first = None
         longest = max(max(len(answer.pieces) for answer in answers), 1)
@@ -253,7 +253,7 @@ class FakeEngine(Engine):
                 outputs=outputs,
                 finished=last,
                 metrics=RequestMetrics(first_scheduled_time=started, first_token_time=first, finished_time=time.time()),
-                report=report if last else BlendReport(request_id=request.request_id),
+                report=request.report if last else BlendReport(request_id=request.request_id),
             )
 
 

@@ -1,7 +1,6 @@
 """The tutorials' shapes, and what of the chunks in their prompts is reused.
 
-Each row is run with a byte-pair tokenizer and with a SentencePiece-like one, trained here on the texts at hand,
-and the real matching.
+With a byte-pair tokenizer and with a SentencePiece-like one, and the real matching.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from langchain_text_splitters import RecursiveCharacterTextSplitter
 
 from kvblend_rag.demo.library import load_documents
 from kvblend_rag.errors import KVBlendWarning
+from kvblend_rag.testing import trained_tokenizer
 
 CHATML = """{%- if tools %}<|im_start|>system
 {{ tools | tojson }}<|im_end|>
@@ -47,27 +47,8 @@ def documents():
 
 @pytest.fixture(scope="module", params=["byte-pair", "sentencepiece"])
 def tokenizer(request, documents):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<|im_start|>", "<|im_end|>", "<unk>"]
-    texts = [each.page_content for each in documents] + ["Source: Content: Question: {'source': 'a.md'} .\n\n"] * 20
-    if request.param == "byte-pair":
-        trained = Tokenizer(models.BPE())
-        trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        trained.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet)
-    else:
-        trained = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-        trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
-        trained.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always")])
-        fallback = [f"<0x{byte:02X}>" for byte in range(256)]
-        trainer = trainers.BpeTrainer(vocab_size=2600, special_tokens=special + fallback)
-    trained.train_from_iterator(texts, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<|im_end|>", unk_token="<unk>")
-    made.chat_template = CHATML.replace("RESULT", "message.content")
-    return made
+    texts = [each.page_content for each in documents]
+    return trained_tokenizer(request.param, texts, CHATML.replace("RESULT", "message.content"))
 
 
 @pytest.fixture

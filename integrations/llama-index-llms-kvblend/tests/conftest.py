@@ -16,11 +16,8 @@ from llama_index.core.schema import Document
 
 from kvblend_rag import KVBlend
 from kvblend_rag.demo.library import load_documents
-from kvblend_rag.testing import fake_kvblend
+from kvblend_rag.testing import fake_kvblend, trained_tokenizer
 
-_QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _CHATML = (
     "{%- if messages[0]['role'] != 'system' -%}<|im_start|>system\nYou answer questions.<|im_end|>\n{%- endif -%}"
     "{%- for message in messages -%}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -85,42 +82,8 @@ def documents() -> list[Document]:
 
 @pytest.fixture(scope="session")
 def tokenizers(documents: list[Document]) -> dict[str, Any]:
-    """A byte-pair tokenizer, where ``.\\n\\n`` is one token, and a SentencePiece-like one, with its dummy space."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
-    corpus = [each.text for each in documents] + ["A sentence.\n\nAnother.\n\nA third one.\n\n---\n"] * 20
-
-    bytes_ = Tokenizer(models.BPE())
-    bytes_.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_QWEN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
-    bytes_.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bytes_.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=3000, initial_alphabet=alphabet, special_tokens=special)
-    )
-
-    pieces = Tokenizer(models.Unigram())
-    pieces.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    pieces.decoder = decoders.Metaspace(prepend_scheme="first")
-    characters = sorted({character for text in corpus for character in text} | set(map(chr, range(32, 127))) | {"\n"})
-    pieces.train_from_iterator(
-        corpus,
-        trainers.UnigramTrainer(
-            vocab_size=2000, initial_alphabet=characters, special_tokens=special, unk_token="<unk>", show_progress=False
-        ),
-    )
-
-    made = {}
-    for name, tokenizer in (("byte-pair", bytes_), ("sentencepiece", pieces)):
-        tokenizer.add_special_tokens([AddedToken(each, special=True, normalized=False) for each in special])
-        made[name] = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>", clean_up_tokenization_spaces=False
-        )
-        made[name].chat_template = _CHATML
-    return made
+    texts = [each.text for each in documents]
+    return {family: trained_tokenizer(family, texts, _CHATML) for family in ("byte-pair", "sentencepiece")}
 
 
 @pytest.fixture(scope="module")  # one module asks for it: no engine stays while others start theirs

@@ -1,4 +1,4 @@
-"""The rows of the prompt table that concern LlamaIndex: of each chunk, all but two tokens are reused."""
+"""Query and chat engines and agents: of each retrieved chunk, all but two tokens are reused."""
 
 from __future__ import annotations
 
