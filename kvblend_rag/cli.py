@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _ask(verbs)
     _demo(verbs)
     _verify(verbs)
+    _eval(verbs)
     _bench(verbs)
     _store(verbs)
     _config(verbs)
@@ -123,6 +124,24 @@ def _verify(verbs: Any) -> None:
     )
     parser.add_argument("--docs", metavar="DIR", help="texts to check with; Fennick's when not given")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="prompt lengths, in tokens")
+    _json(parser)
+
+
+def _eval(verbs: Any) -> None:
+    parser = _verb(
+        verbs, "eval", "Measure what blending keeps of the answers, on your questions.", ("eval", "run"), engine=True
+    )
+    parser.add_argument("files", nargs="*", metavar="FILE", help="questions as JSON lines, or folders of such files")
+    parser.add_argument("--two-chunk", type=int, default=0, metavar="N", help="also ask N questions made here")
+    parser.add_argument(
+        "--arms", nargs="+", metavar="ARM", help="plain, reuse, SELECTOR:RATIO[:OPTION=VALUE]; any with @CONTEXT behind"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="at most N questions of each file")
+    parser.add_argument("--chunks", type=int, metavar="N", help="at most N documents a question")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="questions stored at a time (default 16)")
+    parser.add_argument("--timed", type=int, default=5, metavar="N", help="measure TTFT on N questions (default 5)")
+    parser.add_argument("--markdown", dest="markdown_file", metavar="FILE", help="also write the tables as Markdown")
+    parser.add_argument("--plot", dest="plot_file", metavar="FILE", help="also draw quality against cost")
     _json(parser)
 
 

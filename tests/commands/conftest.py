@@ -12,6 +12,7 @@ import pytest
 
 from kvblend_rag import cli
 from kvblend_rag.config import BlendConfig
+from kvblend_rag.quality.forcing import engine_arguments
 
 Ran = subprocess.CompletedProcess[str]
 
@@ -83,6 +84,7 @@ def config(tiny_model: Callable[[str], Path], small_disk: Path | None, tmp_path_
             "dtype": "float32",
             "max_model_len": 2560,
             "kv_cache_memory_bytes": 1 << 28,
+            **engine_arguments(),
         },
     )
 
@@ -100,13 +102,13 @@ def llm(config: BlendConfig, rigs: Any) -> Iterator[Any]:
 @pytest.fixture
 def shared_engine(llm: Any, config: BlendConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Verbs run on the shared engine instead of starting one of their own."""
-    from kvblend_rag.commands import ask, bench, demo, ingest, session, verify
+    from kvblend_rag.commands import ask, bench, demo, eval, ingest, session, verify
 
     @contextlib.contextmanager
     def started(*_: object, **__: object) -> Iterator[Any]:
         yield llm
 
-    for module in (ask, bench, demo, ingest, verify):
+    for module in (ask, bench, demo, eval, ingest, verify):
         monkeypatch.setattr(module, "started", started)
     monkeypatch.setattr(session.EngineOptions, "resolve", lambda self, **defaults: config)
     return llm

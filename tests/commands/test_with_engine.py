@@ -9,6 +9,7 @@ from kvblend_rag.errors import ChunkRejected, PromptTooLong, StoreFull
 
 TOPICS = ("harbour", "orchard", "library", "foundry", "observatory")
 SHORT = ("--max-tokens", 4)
+KINDS = ("kind: lookup", "kind: two_hops", "kind: pronoun")
 
 
 @pytest.fixture
@@ -167,6 +168,68 @@ def test_verify_notices_a_wrong_answer(shared_engine, monkeypatch):
     (check,) = (each for each in result["checks"] if each["what"] == "everything recomputed")
     assert not check["passed"]
     assert not result["equal"]
+
+
+@pytest.fixture
+def questions(tmp_path):
+    file = tmp_path / "asked.jsonl"
+    texts = [f"The {topic} has {number + 2} gates. " * 8 for number, topic in enumerate(TOPICS)]
+    rows = [
+        {
+            "question": f"How many gates has the {topic}?",
+            "answers": [str(number + 2)],
+            "chunks": [{"title": topic, "text": text} for topic, text in zip(TOPICS, texts, strict=True)],
+        }
+        for number, topic in enumerate(TOPICS[:3])
+    ]
+    rows.append({**rows[0], "chunks": rows[0]["chunks"] * 20})
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def test_eval(kvblend, shared_engine, questions, tmp_path):
+    files = [tmp_path / name for name in ("eval.json", "eval.md", "eval.png")]
+    ran = kvblend(
+        *("eval", questions, "--two-chunk", 3, "--arms", "everything", "reuse", "first:0.2", "question:0.2"),
+        *("--timed", 1, "--batch", 4, "--json", files[0], "--markdown", files[1], "--plot", files[2]),
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "1 questions did not fit" in ran.stdout
+    result = json.loads(files[0].read_text())
+    assert result["settings"]["questions"] == len(result["samples"]) == 6
+    assert list(result["groups"]) == [
+        "all",
+        "set: asked",
+        "set: two_chunk",
+        "kind: lookup",
+        "kind: two_hops",
+        "kind: pronoun",
+    ]
+    rows = result["groups"]["all"]["arms"]
+    assert rows["everything"]["same"] == [1, 1, 1]
+    assert rows["everything"]["kl"][2] < 1e-6 < rows["reuse"]["kl"][1]
+    assert rows["reuse"]["recomputed"][0] == 0
+    assert rows["first:0.2"]["blended"][0] == 1
+    assert rows["question:0.2"]["kl_share"][0] == pytest.approx(
+        rows["question:0.2"]["kl"][0] / rows["first:0.2"]["kl"][0], rel=1e-3
+    )
+    means = [sum(each["arms"]["reuse"]["kl"] for each in result["samples"]) / 6, rows["reuse"]["kl"][0]]
+    assert means[0] == pytest.approx(means[1], abs=1e-5)
+    assert result["ttft"]["plain"]["speedup"]["median"] == 1
+    assert not any(topic in files[0].read_text() for topic in TOPICS)  # no text of the questions
+    assert "### set: two_chunk, 3 questions" in files[1].read_text()
+    assert files[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_of_what_can_not_be_asked(kvblend, shared_engine, questions, tmp_path):
+    assert "selector" in kvblend("eval", questions, "--arms", "qestion:0.1").stderr
+    assert "no questions" in kvblend("eval").stderr
+    assert "--limit is 0" in kvblend("eval", questions, "--limit", 0).stderr
+    too_long = tmp_path / "long.jsonl"
+    too_long.write_text(questions.read_text().splitlines()[-1])
+    ran = kvblend("eval", too_long)
+    assert ran.returncode == 2
+    assert "fewer --chunks" in ran.stderr
 
 
 def test_bench_ttft(kvblend, shared_engine, tmp_path):
