@@ -20,7 +20,6 @@ from kvblend_rag.engine import Engine
 from kvblend_rag.errors import KVBlendWarning, RequestTimeout
 from kvblend_rag.kvblend import KVBlend
 from kvblend_rag.output import RequestOutput
-from kvblend_rag.selectors import get_selector
 
 Message = Mapping[str, Any]
 SamplingLike = Sampling | Mapping[str, Any] | None
@@ -97,7 +96,7 @@ class Chat:
         engine = await self._started()
         turn = self._turn(engine, request, stream=True)
         reader = AnswerReader(turn, engine.tokenizer, parallel_tool_calls)
-        async with aclosing(self._outputs(engine, turn.prompt, turn.params, blend, timeout)) as outputs:
+        async with aclosing(self._outputs(turn.prompt, turn.params, blend, timeout)) as outputs:
             async for output in outputs:
                 for delta in reader.deltas(output):
                     yield delta
@@ -118,7 +117,7 @@ class Chat:
         request = self._request(messages, tools, tool_choice, parallel_tool_calls, sampling, template)
         engine = await self._started()
         turn = self._turn(engine, request, stream=False)
-        output = await _last(self._outputs(engine, turn.prompt, turn.params, blend, timeout))
+        output = await _last(self._outputs(turn.prompt, turn.params, blend, timeout))
         return AnswerReader(turn, engine.tokenizer, parallel_tool_calls).result(output)
 
     async def stream_text(
@@ -134,7 +133,7 @@ class Chat:
         engine = await self._started()
         reader = AnswerReader(None, engine.tokenizer)
         params = engine.sampling(settings, stream=True)
-        async with aclosing(self._outputs(engine, prompt, params, blend, timeout)) as outputs:
+        async with aclosing(self._outputs(prompt, params, blend, timeout)) as outputs:
             async for output in outputs:
                 for delta in reader.deltas(output):
                     yield delta
@@ -150,7 +149,7 @@ class Chat:
         """A text continued, finished. Arguments as for :meth:`stream_text`."""
         settings = Sampling.of(sampling)
         engine = await self._started()
-        output = await _last(self._outputs(engine, prompt, engine.sampling(settings), blend, timeout))
+        output = await _last(self._outputs(prompt, engine.sampling(settings), blend, timeout))
         return AnswerReader(None, engine.tokenizer).result(output)
 
     def complete_sync(self, messages: Sequence[Message], **options: Any) -> ChatResult:
@@ -216,17 +215,14 @@ class Chat:
 
     async def _outputs(
         self,
-        engine: Engine,
         prompt: str | Sequence[int],
         params: Any,
         blend: Mapping[str, Any] | None,
         timeout: float | None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        options = {"tenant": self.kv.config.tenant, **(blend or {})}
-        get_selector(self.kv.config.for_request(options).selector)
         bound = self._timeout if timeout is None else timeout
         end = None if bound is None else time.monotonic() + bound
-        outputs = engine.generate(prompt, params, options=options)
+        outputs = self.kv.stream(prompt, params, blend=blend)
         try:
             while True:
                 try:
@@ -240,8 +236,7 @@ class Chat:
                     raise RequestTimeout(f"The request took longer than {bound:g} seconds and was stopped.") from None
                 yield output
         finally:
-            if isinstance(outputs, AsyncGenerator):
-                await outputs.aclose()
+            await outputs.aclose()
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return self.kv.engine.run(work())

@@ -29,6 +29,8 @@ _REQUEST_OPTIONS = {
     "span": "span_size",
     "coverage": "coverage",
     "full_prefill_share": "full_prefill_share",
+    "max_risk": "max_risk",
+    "on_risk": "on_risk",
     "tenant": "tenant",
 }
 """A request's options, and the settings they stand for."""
@@ -90,6 +92,16 @@ class BlendConfig:
     """With ``coverage`` below 1: a request whose covering needs more than this share of the reused tokens
     gets a full prefill, which is cheaper then, and exact."""
 
+    max_risk: float = 1.0
+    """A blended answer whose estimated risk of differing is above this is not shown, 0 to 1; 1: risk is not judged."""
+
+    on_risk: Literal["prefill", "mark"] = "prefill"
+    """What becomes of a risky answer: ``prefill`` computes the prompt in full instead, before the first token is
+    shown; ``mark`` shows it, with a reason in its report."""
+
+    heed_verdict: bool = True
+    """Follow what ``kvblend calibrate`` found out: its settings where these have their defaults, or no blending."""
+
     span_size: int = 16
     """Tokens are recomputed in spans of this length."""
 
@@ -131,7 +143,7 @@ class BlendConfig:
 
         Args:
             options: ``blend`` (false: an ordinary prefill), ``selector``, ``ratio``, ``span``, ``coverage``,
-                ``full_prefill_share``, ``tenant``.
+                ``full_prefill_share``, ``max_risk``, ``on_risk``, ``tenant``.
 
         Raises:
             ConfigError: an unknown option, or a value that can't be used.
@@ -159,6 +171,7 @@ class BlendConfig:
             ("recompute_ratio", 0, 1),
             ("coverage", 0, 1),
             ("full_prefill_share", 0, 1),
+            ("max_risk", 0, 1),
             ("span_size", 1, 4_096),
             ("min_run", 1, 65_536),
         ):

@@ -7,7 +7,7 @@ loop, ``run`` is for callers without one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
@@ -105,6 +105,15 @@ class Engine(ABC):
         """Sampling parameters of a request that only computes its prompt."""
 
     @abstractmethod
+    def watched(self, sampling_params: Any) -> tuple[Any, int | None]:
+        """Sampling parameters whose outputs also tell how likely each token was, and how much of it was asked for.
+
+        Returns:
+            The parameters, with log-probabilities of the two likeliest tokens of each step at least, and the
+            argument of ``RequestOutput.with_logprobs`` that leaves what the given ones ask for.
+        """
+
+    @abstractmethod
     def generate(
         self,
         prompt: Prompt,
@@ -112,7 +121,7 @@ class Engine(ABC):
         *,
         options: dict[str, Any] | None = None,
         **extra: Any,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request as they come, cumulative unless the sampling parameters say otherwise.
 
         Leaving the iteration aborts the request.
@@ -120,8 +129,7 @@ class Engine(ABC):
         Args:
             prompt: what is answered.
             sampling_params: vLLM's ``SamplingParams``; None for its defaults.
-            options: this request's blending: ``blend``, ``selector``, ``ratio``, ``span``, ``tenant``, or
-                ``ingest``.
+            options: this request's blending: the names of ``BlendConfig.for_request``, or ``ingest``.
             extra: passed on to vLLM's ``generate``, such as ``priority``.
 
         Raises:
@@ -131,7 +139,7 @@ class Engine(ABC):
 
     @abstractmethod
     async def call(self, method: str, *arguments: Any) -> list[Any]:
-        """Call a maintenance method of the workers (``flush``, ``prefetch``, ``forget``); one result a rank."""
+        """Call a method of the workers (``flush``, ``prefetch``, ``forget``, ``account``); one result a rank."""
 
     @abstractmethod
     async def reset_prefix_cache(self) -> None:

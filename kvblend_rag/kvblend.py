@@ -9,17 +9,23 @@ import importlib.util
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from kvblend_rag.blend.chunk import TokenIds, chunk_key
+from kvblend_rag.calibration.risk import DEFAULT_RISK
+from kvblend_rag.calibration.verdict import Verdict, find_verdict
 from kvblend_rag.config import BlendConfig
-from kvblend_rag.engine import Engine
+from kvblend_rag.engine import Engine, Prompt
 from kvblend_rag.errors import VLLM_MISSING, ConfigError, EngineUnavailable
+from kvblend_rag.guard import Guard
 from kvblend_rag.ingest import Ingester, IngestReport, Text, raise_if_store_failed
+from kvblend_rag.output import RequestOutput
+from kvblend_rag.selectors import get_selector
 from kvblend_rag.store import Catalogue, open_catalogue, open_store
 
 
@@ -36,6 +42,7 @@ class KVBlend:
         self._engine = engine
         self._catalogue: Catalogue | None = None
         self._ingester: Ingester | None = None
+        self._guard: Guard | None = None
         self._lock = threading.RLock()
         self._closed = False
         _open_handles.add(self)
@@ -77,6 +84,50 @@ class KVBlend:
             if self._catalogue is None:
                 self._catalogue = open_catalogue(self.config)
             return self._catalogue
+
+    @cached_property
+    def verdict(self) -> Verdict | None:
+        """What ``kvblend calibrate`` found out about this model and ingest context, as the engine read it at start.
+
+        Raises:
+            ConfigError: the verdict's file can't be read.
+        """
+        info = self.engine.info
+        return find_verdict(self.config, info.fingerprint, info.context)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: Any = None,
+        *,
+        blend: Mapping[str, Any] | None = None,
+        **extra: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs of one prompt as they come; iterate in any event loop, leave to abort.
+
+        With ``max_risk`` below 1 nothing is shown before the blended answer's risk is known, and a risky one is
+        computed in full instead, or marked (``on_risk``).
+
+        Args:
+            prompt: text, token ids, or a vLLM prompt dictionary.
+            sampling_params: the engine's; None for its defaults.
+            blend: this request's blending; the names of ``BlendConfig.for_request``.
+            extra: passed on to the engine.
+
+        Raises:
+            ConfigError: a value that can't be used.
+        """
+        options = {"tenant": self.config.tenant, **(blend or {})}
+        own = self.config.for_request(options)
+        get_selector(own.selector)
+        engine = self.engine
+        if own.max_risk >= 1 or not own.enable_blending:
+            return engine.generate(prompt, sampling_params, options=options, **extra)
+        with self._lock:
+            if self._guard is None:
+                verdict = self.verdict
+                self._guard = Guard(engine, DEFAULT_RISK if verdict is None else verdict.risk)
+        return self._guard.stream(prompt, sampling_params, options, own, **extra)
 
     def ingest(
         self, texts: str | Sequence[Text], *, document_ids: Sequence[str] | None = None, progress: bool = True

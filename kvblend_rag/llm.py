@@ -15,7 +15,6 @@ from kvblend_rag.engine import Engine, Prompt
 from kvblend_rag.errors import ConfigError
 from kvblend_rag.kvblend import KVBlend
 from kvblend_rag.output import RequestOutput
-from kvblend_rag.selectors import get_selector
 
 Message = Mapping[str, Any]
 
@@ -119,9 +118,7 @@ class LLM:
         **extra: Any,
     ) -> AsyncIterator[RequestOutput]:
         """Outputs of one prompt as they come; iterate in any event loop, leave to abort."""
-        options = {"tenant": self.kvblend.config.tenant, **(blend or {})}
-        get_selector(self.kvblend.config.for_request(options).selector)
-        return self.kvblend.engine.generate(prompt, sampling_params, options=options, **extra)
+        return self.kvblend.stream(prompt, sampling_params, blend=blend, **extra)
 
     def chat(
         self,

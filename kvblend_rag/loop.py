@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -39,7 +39,7 @@ class LoopThread:
         """Wait for a coroutine from any loop."""
         return await asyncio.wrap_future(self._submit(work))
 
-    async def stream(self, start: Callable[[], AsyncIterator[T]]) -> AsyncIterator[T]:
+    async def stream(self, start: Callable[[], AsyncIterator[T]]) -> AsyncGenerator[T, None]:
         """Iterate, in the caller's loop, over what an iterator yields in ours; leaving cancels it."""
         caller = asyncio.get_running_loop()
         arrived: asyncio.Queue[tuple[bool, Any]] = asyncio.Queue()

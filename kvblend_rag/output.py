@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,24 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics | None = None
     report: BlendReport = field(default_factory=BlendReport)
+
+    def with_logprobs(self, keep: int | None) -> RequestOutput:
+        """The output with log-probabilities of the ``keep`` likeliest tokens a step, and of the drawn one.
+
+        Args:
+            keep: how many of those that are there; None: no log-probabilities at all.
+        """
+
+        def trimmed(each: CompletionOutput) -> CompletionOutput:
+            if keep is None or each.logprobs is None:
+                return dataclasses.replace(each, logprobs=None, cumulative_logprob=None)
+            steps = [
+                {token: choice for token, choice in choices.items() if token == own or (choice.rank or 0) <= keep}
+                for own, choices in zip(each.token_ids, each.logprobs, strict=False)
+            ]
+            return dataclasses.replace(each, logprobs=steps)
+
+        return dataclasses.replace(self, outputs=[trimmed(each) for each in self.outputs])
 
 
 __all__ = ["CompletionOutput", "RequestMetrics", "RequestOutput"]

@@ -47,6 +47,8 @@ class BlendReport:
     """Tokens run through the model only to choose what is recomputed."""
     uncovered_mass: float | None = None
     """Share of the selector's score that lies outside the recomputed tokens, 0 to 1; None where it makes none."""
+    risk: float | None = None
+    """Estimated risk that the blended answer differs from a full prefill's, 0 to 1; None where it was not judged."""
     blended: bool = False
     reason: str | None = None
     """Why nothing was blended, or less than could have been; None when all went as planned."""

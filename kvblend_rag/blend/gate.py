@@ -21,7 +21,9 @@ class RequestFacts:
     """It must not read what was computed before; vLLM then takes no KV from a connector either."""
 
 
-def refusal(facts: RequestFacts, *, model: str | None, enabled: bool, wanted: bool) -> str | None:
+def refusal(
+    facts: RequestFacts, *, model: str | None, enabled: bool, wanted: bool, verdict: str | None = None
+) -> str | None:
     """Why the request gets an ordinary prefill, or None when it may be blended.
 
     Args:
@@ -29,9 +31,11 @@ def refusal(facts: RequestFacts, *, model: str | None, enabled: bool, wanted: bo
         model: why the model or an engine option can't be blended, from the start-up survey.
         enabled: the engine's ``enable_blending``.
         wanted: the request's own ``blend`` parameter.
+        verdict: why calibration refused the model, if it did.
     """
     reasons = (
         (model is not None, f"this model can't be blended: {model}"),
+        (verdict is not None, f"calibration refused this model: {verdict}"),
         (not enabled, "blending is switched off (enable_blending: false)"),
         (not wanted, "the request asked for an ordinary prefill"),
         (not facts.has_text, "the prompt is given as embeddings"),

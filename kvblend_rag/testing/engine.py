@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -59,6 +60,7 @@ class FakeEngine(Engine):
         model: the model's name.
         architectures: as the model's configuration names them; they choose parsers.
         refusal: why this model can't be blended.
+        logprob: of each token of a blended answer, in nats; those of an ordinary prefill have half of it.
 
     Attributes:
         requests: every request but those that ingest.
@@ -80,10 +82,11 @@ class FakeEngine(Engine):
         model: str = "fake-model",
         architectures: tuple[str, ...] = (),
         refusal: str | None = None,
+        logprob: float = -0.5,
     ) -> None:
         self._tokenizer = tokenizer or WordTokenizer()
         self._answers = answers if callable(answers) else _Script(answers)
-        self._parsers, self._delay = parsers, delay
+        self._parsers, self._delay, self._logprob = parsers, delay, logprob
         self.info = EngineInfo(
             model=model,
             max_model_len=max_model_len,
@@ -138,6 +141,14 @@ class FakeEngine(Engine):
         """See :meth:`Engine.one_token`."""
         return FakeParams(settings=Sampling(max_tokens=1), kind="final")
 
+    def watched(self, sampling_params: FakeParams | None) -> tuple[FakeParams, int | None]:
+        """See :meth:`Engine.watched`."""
+        params = sampling_params or FakeParams()
+        settings = params.settings
+        wanted = dataclasses.replace(settings, logprobs=True, top_logprobs=max(settings.top_logprobs, 2))
+        asked = settings.top_logprobs if settings.logprobs or settings.top_logprobs else None
+        return dataclasses.replace(params, settings=wanted), asked
+
     def generate(
         self,
         prompt: Prompt,
@@ -145,7 +156,7 @@ class FakeEngine(Engine):
         *,
         options: dict[str, Any] | None = None,
         **extra: Any,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """See :meth:`Engine.generate`."""
         if self.closed:
             raise EngineUnavailable("This engine was closed: make a new one.")
@@ -205,7 +216,8 @@ class FakeEngine(Engine):
         )
         self.requests.append(request)
         room = self.info.max_model_len - len(tokens)
-        answers = [self._answer(request, room) for _ in range(params.settings.n)]
+        logprob = self._logprob if report.blended else self._logprob / 2
+        answers = [self._answer(request, room, logprob) for _ in range(params.settings.n)]
         self._running += 1
         self.peak = max(self.peak, self._running)
         finished = False
@@ -225,11 +237,12 @@ class FakeEngine(Engine):
             prompt = self.tokenizer.encode(prompt)
         return as_token_ids(prompt)  # type: ignore[arg-type]
 
-    def _answer(self, request: FakeRequest, room: int) -> ScriptedAnswer:
+    def _answer(self, request: FakeRequest, room: int, logprob: float) -> ScriptedAnswer:
         given = self._answers(request)
         if isinstance(given, Exception):
             raise given
-        return ScriptedAnswer.cut(str(given), self.tokenizer, request.params.settings, room)
+        cut = ScriptedAnswer.cut(str(given), self.tokenizer, request.params.settings, room)
+        return dataclasses.replace(cut, logprob=logprob)
 
     async def _outputs(self, request: FakeRequest, answers: Sequence[ScriptedAnswer]) -> AsyncIterator[RequestOutput]:
         started = time.time()

@@ -37,6 +37,8 @@ class ScriptedAnswer:
     pieces: tuple[tuple[int, str], ...]
     finish_reason: str
     stop_reason: str | None = None
+    logprob: float = -0.5
+    """Of each token, in nats."""
 
     @classmethod
     def cut(cls, text: str, tokenizer: Any, settings: Sampling, room: int) -> ScriptedAnswer:
@@ -71,7 +73,7 @@ class ScriptedAnswer:
             index=index,
             text="".join(text for _, text in shown),
             token_ids=tuple(token for token, _ in shown),
-            logprobs=[{token: FakeLogprob(logprob=-0.5, rank=1, decoded_token=text)} for token, text in shown]
+            logprobs=[{token: FakeLogprob(logprob=self.logprob, rank=1, decoded_token=text)} for token, text in shown]
             if wanted
             else None,
             finish_reason=self.finish_reason if done else None,

@@ -33,6 +33,7 @@ class FakeShelf:
             self._library = Library(BlendConfig(store_path=str(store_path)), info.fingerprint, info.context)
         self._waiting: dict[str, tuple[str, TokenIds]] = {}
         self._prompts: list[TokenIds] = []
+        self._accounts: dict[str, dict[str, float | None]] = {}
 
     def keep(self, prompt: TokenIds, ingest: dict[str, Any]) -> None:
         """A chunk was computed: it is stored by the next ``flush``."""
@@ -54,6 +55,8 @@ class FakeShelf:
             return len(set(arguments[0]) - set(missing))
         if method == "forget":
             return [] if self._catalogue is None else self._catalogue.remove(arguments[0], unless_held=True)
+        if method == "account":
+            return self._accounts.get(arguments[0])
         raise ConfigError(f"A FakeEngine has no method {method!r}.")
 
     def report(self, request_id: str, prompt: TokenIds, options: dict[str, Any]) -> BlendReport:
@@ -68,6 +71,8 @@ class FakeShelf:
                 if start < stop:
                     uses.append(ChunkUse(key=match.key, start=start, tokens=stop - start, tier="memory"))
         reused = sum(use.tokens for use in uses)
+        if uses:
+            self._accounts[request_id] = {"uncovered": None}
         return BlendReport(
             request_id=request_id,
             prompt_tokens=len(prompt),

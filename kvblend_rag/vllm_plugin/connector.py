@@ -80,7 +80,9 @@ class KVBlendConnector(KVConnectorBase_V1):
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Blend the requests admitted in this step, before vLLM's own forward."""
-        self.worker.blend(self._step_plan().blends)
+        plan = self._step_plan()
+        self.worker.meet_again(plan.met_again)
+        self.worker.blend(plan.blends)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to do: everything was loaded on the compute stream before the forward."""

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from vllm import SamplingParams
@@ -139,6 +139,17 @@ class VLLMEngine(Engine):
         """See :meth:`Engine.one_token`."""
         return SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
 
+    def watched(self, sampling_params: SamplingParams | None) -> tuple[SamplingParams, int | None]:
+        """See :meth:`Engine.watched`."""
+        params = (sampling_params or SamplingParams.from_optional(**self._defaults)).clone()
+        asked = params.logprobs
+        if asked is None or 0 <= asked < 2:  # −1 asks for all
+            params.logprobs = 2
+        return (
+            params,
+            None if asked is None else asked if asked >= 0 else self._llm.vllm_config.model_config.get_vocab_size(),
+        )
+
     def generate(
         self,
         prompt: Prompt,
@@ -146,7 +157,7 @@ class VLLMEngine(Engine):
         *,
         options: dict[str, Any] | None = None,
         **extra: Any,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """See :meth:`Engine.generate`."""
         return self._loop.stream(lambda: self._generate(prompt, sampling_params, options, extra))
 

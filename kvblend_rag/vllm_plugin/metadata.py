@@ -66,6 +66,8 @@ class StepPlan(KVConnectorMetadata):
 
     blends: list[BlendJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
+    met_again: dict[str, float | None] = field(default_factory=dict)
+    """Requests that run on an earlier blend's KV out of the prefix cache, and what that left uncovered."""
 
 
 @dataclass(frozen=True)

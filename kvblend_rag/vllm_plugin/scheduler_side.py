@@ -20,6 +20,7 @@ from vllm.v1.request import Request
 from kvblend_rag.blend.chunk import TokenIds, as_token_ids, chunk_key
 from kvblend_rag.blend.gate import refusal
 from kvblend_rag.blend.plan import BlendPlan, make_plan
+from kvblend_rag.calibration.verdict import Verdict, find_verdict
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import KVBlendError
 from kvblend_rag.ingest import STORING
@@ -74,15 +75,18 @@ class SchedulerSide:
         self._block_size = int(vllm_config.cache_config.block_size)
         self._cache_config = vllm_config.cache_config
         self._model_refusal: str | None = "the workers did not report; start vLLM with kvblend's worker class"
+        self._verdict_refusal: str | None = None
         self._library: Library | None = None
         self._live: dict[str, Request] = {}
         self._blends: dict[str, _Blend] = {}
         self._savings: dict[str, _Saving] = {}
         self._jobs: list[BlendJob] = []
         self._reports: dict[str, BlendReport] = {}
-        self._answered: dict[str, dict[str, Any]] = {}
-        """Reports handed out in this step, which the workers' account may still complete."""
-        self._seen_digests: OrderedDict[str, None] = OrderedDict()
+        self._answered: dict[str, tuple[dict[str, Any], str]] = {}
+        """Reports handed out in this step and blends' digests; the workers' account may still complete them."""
+        self._seen_digests: OrderedDict[str, float | None] = OrderedDict()
+        """What each blend left uncovered."""
+        self._met_again: dict[str, float | None] = {}
 
     def learn(self, handshakes: list[KVConnectorHandshakeMetadata]) -> None:
         """Take in what the workers found out about the model."""
@@ -95,6 +99,26 @@ class SchedulerSide:
             logger.warning("kvblend: every request gets an ordinary prefill: %s.", self._model_refusal)
             return
         self._library = Library(self._config, first.fingerprint, first.context)
+        try:
+            self._heed(find_verdict(self._config, first.fingerprint, first.context))
+        except KVBlendError as error:  # it may be a refusal
+            self._verdict_refusal = str(error).rstrip(".")
+            logger.warning("kvblend: every request gets an ordinary prefill: %s.", self._verdict_refusal)
+
+    def _heed(self, verdict: Verdict | None) -> None:
+        """Let a verdict's settings be the defaults, or blend nothing; said once."""
+        if verdict is None:
+            if self._config.enable_blending and self._config.heed_verdict:
+                logger.warning(
+                    "kvblend: this model has not been calibrated; %.0f %% of the reused tokens are recomputed. "
+                    "`kvblend calibrate` measures what it needs.",
+                    100 * self._config.recompute_ratio,
+                )
+        elif verdict.accepted:
+            self._config = verdict.applied_to(self._config)
+        else:
+            self._verdict_refusal = verdict.reason.rstrip(".")
+            logger.warning("kvblend: calibration refused this model, nothing is blended: %s.", self._verdict_refusal)
 
     def arrived(self, request: Request) -> None:
         """Match and plan a new request, on the scheduler's thread."""
@@ -142,6 +166,8 @@ class SchedulerSide:
             if not self._reports[request.request_id].blended:
                 whose = "the same blend's KV" if blend.isolated else "the prompt"
                 self._note(request.request_id, reason=f"{whose} was in vLLM's own prefix cache")
+                if blend.isolated:
+                    self._met_again[request.request_id] = self._seen_digests.get(blend.digest)
             return
         first = blend.plan.prompt_tokens - 1 - external
         plan = blend.plan.clip(first, self._config.min_run)
@@ -163,8 +189,9 @@ class SchedulerSide:
 
     def step(self, scheduler_output: SchedulerOutput) -> StepPlan:
         """What the workers do in this step."""
-        plan = StepPlan(blends=self._jobs, saves=self._finished_chunks(scheduler_output) if self._savings else [])
-        self._jobs = []
+        saves = self._finished_chunks(scheduler_output) if self._savings else []
+        plan = StepPlan(self._jobs, saves, self._met_again)
+        self._jobs, self._met_again = [], {}
         self._answered.clear()
         return plan
 
@@ -177,24 +204,28 @@ class SchedulerSide:
         if not isinstance(outcome, StepOutcome):
             return
         for request_id, done in outcome.outcomes.items():
+            blend = self._blends.get(request_id)
+            digest = blend.digest if blend is not None else ""
             if request_id in self._reports:
                 self._reports[request_id] = _completed(self._reports[request_id], done)
             elif request_id in self._answered:
-                answer = self._answered.pop(request_id)
+                answer, digest = self._answered.pop(request_id)
                 answer[PARAMETER] = _completed(BlendReport.from_dict(answer[PARAMETER]), done).to_dict()
+            if digest in self._seen_digests:
+                self._seen_digests[digest] = done.uncovered
 
     def finished(self, request: Request) -> dict[str, Any]:
         """The request has ended: its report, for its last output."""
         request_id = request.request_id
         self._live.pop(request_id, None)
-        self._blends.pop(request_id, None)
+        blend = self._blends.pop(request_id, None)
         self._savings.pop(request_id, None)
         self._jobs = [job for job in self._jobs if job.request_id != request_id]
         report = self._reports.pop(request_id, BlendReport(request_id=request_id))
         if not report.blended:
             report = replace(report, computed_tokens=report.prompt_tokens - report.cached_tokens)
         answer = {PARAMETER: report.to_dict()}
-        self._answered[request_id] = answer
+        self._answered[request_id] = answer, blend.digest if blend is not None else ""
         return answer
 
     def close(self) -> None:
@@ -210,6 +241,7 @@ class SchedulerSide:
             model=self._model_refusal,
             enabled=self._config.enable_blending or wish.ingest is not None,
             wanted=wish.blend,
+            verdict=None if wish.ingest is not None else self._verdict_refusal,
         )
         if blocked is not None:
             return blocked, report
@@ -297,7 +329,7 @@ class SchedulerSide:
     def _seen(self, digest: str) -> bool:
         """Whether a digest was blended before; it has been from now on."""
         known = digest in self._seen_digests
-        self._seen_digests[digest] = None
+        self._seen_digests.setdefault(digest, None)
         self._seen_digests.move_to_end(digest)
         if len(self._seen_digests) > _DIGESTS_REMEMBERED:
             self._seen_digests.popitem(last=False)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from kvblend_rag.blend.context import ingest_context
+from kvblend_rag.calibration.verdict import preferred_context
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import KVBlendError
 from kvblend_rag.store import StoredChunk, TieredStore, open_catalogue, open_store
@@ -27,6 +30,8 @@ from kvblend_rag.vllm_plugin.writer import Writer
 
 logger = logging.getLogger(__name__)
 
+_ACCOUNTS_KEPT = 512
+
 
 class WorkerSide:
     """Lives in a worker's process; never learns of queues or of the catalogue's contents."""
@@ -37,6 +42,7 @@ class WorkerSide:
         self._runner: Any = None
         self._handshake: Handshake | None = None
         self._outcomes: dict[str, Outcome] = {}
+        self._accounts: OrderedDict[str, dict[str, float | None]] = OrderedDict()
         self._paged: PagedKV
         self._blender: Blender
         self._store: TieredStore | None = None
@@ -56,7 +62,14 @@ class WorkerSide:
     def blend(self, jobs: Iterable[BlendJob]) -> None:
         """Blend requests, in the order in which they were admitted."""
         for job in jobs:
-            self._outcomes[job.request_id] = self._blender.blend(job)
+            outcome = self._outcomes[job.request_id] = self._blender.blend(job)
+            if outcome.fallback is None:
+                self._keep_account(job.request_id, outcome.uncovered)
+
+    def meet_again(self, requests: Mapping[str, float | None]) -> None:
+        """Requests that run on an earlier blend's KV: what each left uncovered."""
+        for request_id, uncovered in requests.items():
+            self._keep_account(request_id, uncovered)
 
     @torch.inference_mode()
     def save(self, jobs: Iterable[SaveJob]) -> None:
@@ -100,6 +113,15 @@ class WorkerSide:
         """Delete those chunks that no document holds, from every tier."""
         return [] if self._store is None else self._store.delete_unheld(keys)
 
+    def account(self, request_id: str) -> dict[str, float | None] | None:
+        """What is known of a request on blended KV before its report is there; None of any other, or a late one.
+
+        Args:
+            request_id: as given to vLLM, which makes it its own by a suffix (and a number in front, with n > 1).
+        """
+        name = re.compile(rf"(\d+_)?{re.escape(request_id)}(-[0-9a-f]+)?")
+        return next((self._accounts[each] for each in reversed(self._accounts) if name.fullmatch(each)), None)
+
     def start_trace(self) -> None:
         """Record what this worker does, for a timeline."""
         self._trace = torch.profiler.profile()
@@ -119,6 +141,11 @@ class WorkerSide:
         if self._store is not None:
             self._store.close()
 
+    def _keep_account(self, request_id: str, uncovered: float | None) -> None:
+        self._accounts[request_id] = {"uncovered": uncovered}
+        if len(self._accounts) > _ACCOUNTS_KEPT:
+            self._accounts.popitem(last=False)
+
     def _survey(self) -> Handshake:
         refusal, identity, context = None, "", []
         ranks = Ranks()
@@ -134,9 +161,10 @@ class WorkerSide:
             forward = ScatteredForward(self._runner, self._paged)
             check_shift(layers, self._paged, forward, self._vllm_config)
             identity = fingerprint(self._vllm_config)
-            if self._config.ingest_context != "none":
+            kind = preferred_context(self._config, identity)
+            if kind != "none":
                 tokenizer = cached_tokenizer_from_config(self._vllm_config.model_config)
-                context = ingest_context(self._config.ingest_context, tokenizer, self._config.system_prompt)
+                context = ingest_context(kind, tokenizer, self._config.system_prompt)
             shard = (ranks.rank, ranks.size)
             self._store = open_store(self._config, shard, pin=self._paged.device.type == "cuda")
             self._writer = Writer(self._store, open_catalogue(self._config), shard)

@@ -31,3 +31,8 @@ def test_the_models_own_reason_comes_first():
 def test_the_switches_say_which_one_it_was():
     assert "enable_blending" in str(refusal(RequestFacts(), model=None, enabled=False, wanted=True))
     assert "asked for" in str(refusal(RequestFacts(), model=None, enabled=True, wanted=False))
+
+
+def test_a_refusing_verdict_comes_before_the_requests_own_reasons():
+    reason = refusal(RequestFacts(lora=True), model=None, enabled=True, wanted=True, verdict="it keeps too little")
+    assert reason == "calibration refused this model: it keeps too little"

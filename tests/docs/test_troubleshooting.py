@@ -105,6 +105,8 @@ REASONS = {
     ],
     "request": [*raised("vllm_plugin/request.py", "ConfigError")],
     "blender": [*raised("vllm_plugin/blender.py", "ChunkDamaged"), *assigned("vllm_plugin/blender.py"), *damages()],
+    "guard": [*assigned("guard.py")],
+    "verdict": [*raised("calibration/verdict.py", "ConfigError")],
     "missing": [*raised("store/chunk_file.py", "ChunkMissing")],
     "documents": [
         *constants("document_use.py", "NOT_INGESTED", "TOO_SHORT", "CUT", "ESCAPED", "ABSENT", "CACHED", "OTHER")

@@ -1,5 +1,6 @@
 """The scheduler's side without an engine: what is claimed, planned and reported, on vLLM's own requests."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
 from kvblend_rag.blend.chunk import chunk_key, namespace
+from kvblend_rag.calibration.verdict import Verdict, write_verdict
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.store import open_catalogue
 from kvblend_rag.vllm_plugin.metadata import Handshake, Outcome, StepOutcome
@@ -229,6 +231,75 @@ def test_what_is_not_a_chunk_behind_the_ingest_context_is_not_saved(side, make, 
     side.admitted(request, list(range(1, 10)), 0)
     assert side.step(step(r=(0, len(tokens)))).saves == []
     assert "nothing was stored" in report(side, request)["reason"]
+
+
+def beside_a_verdict(tmp_path, **changes):
+    """A side that starts beside a verdict on its model and context."""
+    config = BlendConfig(store_path=str(tmp_path))
+    verdict = Verdict(
+        status="accepted",
+        reason="it keeps too little",
+        model="model",
+        fingerprint="model",
+        context="document",
+        context_digest=SPACE,
+        settings={"selector": "first", "recompute_ratio": 0.4},
+    )
+    path = write_verdict(replace(verdict, **changes), tmp_path)
+    if changes.get("model") == "broken":
+        path.write_text("{")
+    with_chunk = open_catalogue(config)
+    with_chunk.hold("", [KEY], "")
+    with_chunk.add(KEY, SPACE, CHUNK, 0, 1, 1000)
+    with_chunk.close()
+    vllm_config = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=config.connector_settings()),
+        cache_config=SimpleNamespace(block_size=BLOCK, hash_block_size=None),
+    )
+    side = SchedulerSide(vllm_config)
+    side.learn([Handshake("model", CONTEXT, None, 0, 1)])
+    return side
+
+
+def test_an_accepting_verdict_sets_the_defaults(tmp_path, make):
+    side = beside_a_verdict(tmp_path)
+    for name, parameters, ratio in (("one", None, 0.4), ("two", {"ratio": 0.1}, 0.1)):
+        request = make(name=name, parameters=parameters)
+        side.arrived(request)
+        side.claim(request, 0)
+        side.admitted(request, list(range(1, 10)), len(PROMPT) - 1)
+        (job,) = side.step(step(**{name: (len(PROMPT) - 1, 1)})).blends
+        assert (job.recipe.selector, job.recipe.ratio) == ("first", ratio)
+    side.close()
+
+
+def test_a_refusing_verdict_blends_nothing_and_still_ingests(tmp_path, make):
+    side = beside_a_verdict(tmp_path, status="refused", settings={})
+    request = make()
+    side.arrived(request)
+    assert side.claim(request, 0) == 0
+    assert report(side, request)["reason"] == "calibration refused this model: it keeps too little"
+    request = make([*CONTEXT, *CHUNK], parameters=ingest(CHUNK))
+    side.arrived(request)
+    side.claim(request, 32)
+    side.admitted(request, [4, 5, 6, 7, 8], 0)
+    assert len(side.step(step(r=(32, 80))).saves) == 1
+    side.close()
+
+
+def test_a_verdict_that_can_not_be_read_is_taken_for_a_refusal(tmp_path, make):
+    side = beside_a_verdict(tmp_path, model="broken")
+    request = make()
+    side.arrived(request)
+    assert side.claim(request, 0) == 0
+    assert "can't be used" in report(side, request)["reason"]
+    side.close()
+
+
+def test_without_a_verdict_it_is_said_once(side, caplog):
+    caplog.clear()
+    side.learn([Handshake("other model", CONTEXT, None, 0, 1)])
+    assert len([each for each in caplog.records if "has not been calibrated" in each.message]) == 1
 
 
 def test_without_a_handshake_or_with_a_refusal_nothing_is_blended(tmp_path, make):

@@ -1,0 +1,162 @@
+"""A risky answer is computed in full before anything of it is shown, or marked; on the scripted engine."""
+
+import asyncio
+
+import pytest
+
+from kvblend_rag.blend.chunk import namespace
+from kvblend_rag.calibration.risk import Logistic, RiskModel
+from kvblend_rag.calibration.verdict import Verdict, write_verdict
+from kvblend_rag.chat import Chat
+from kvblend_rag.conversation.sampling import Sampling
+from kvblend_rag.errors import ConfigError
+from kvblend_rag.report import BlendReport
+from kvblend_rag.testing import fake_kvblend
+from kvblend_rag.testing.script import FakeParams
+
+DOCUMENT = "The ferry to the northern island leaves at seven in the morning and returns at noon, except on Sundays. "
+PROMPT = f"{DOCUMENT} When does it leave?"
+# Doubt of the first token, and nothing else; −0.1 nats is a sure token, −2 nats an unsure one.
+DOUBT = Logistic(0.0, {"doubt": 8.0}, {"doubt": 0.5})
+MODEL = RiskModel(DOUBT, Logistic(0.0, {"weakest": 8.0}, {"weakest": 0.5}))
+
+
+def answered(request):
+    return "In full." if request.options.get("blend") is False else "Blended words here."
+
+
+@pytest.fixture
+def make(tmp_path):
+    handles = []
+
+    def make(logprob, **config):
+        kv = fake_kvblend(answered, store_path=tmp_path, logprob=logprob, config={"max_risk": 0.5, **config})
+        info = kv.engine.info
+        write_verdict(
+            Verdict(
+                status="accepted",
+                reason="good",
+                model=info.model,
+                fingerprint=info.fingerprint,
+                context="document",
+                context_digest=namespace(info.fingerprint, info.context),
+                risk=MODEL,
+            ),
+            tmp_path,
+        )
+        kv.ingest([DOCUMENT], progress=False)
+        handles.append(kv)
+        return kv
+
+    yield make
+    for kv in handles:
+        kv.close()
+
+
+def outputs(kv, prompt=PROMPT, kind="cumulative", **blend):
+    async def gathered():
+        return [each async for each in kv.stream(prompt, FakeParams(kind=kind), blend=blend)]
+
+    return kv.engine.run(gathered())
+
+
+@pytest.mark.parametrize("kind", ["cumulative", "delta", "final"])
+def test_a_sure_answer_is_shown_as_it_is(make, kind):
+    kv = make(-0.1)
+    shown = outputs(kv, kind=kind)
+    text = "".join(each.outputs[0].text for each in shown) if kind == "delta" else shown[-1].outputs[0].text
+    assert text == "Blended words here."
+    assert shown[-1].report.blended
+    assert shown[-1].report.reason is None
+    assert shown[-1].report.risk < 0.5
+    assert len(kv.engine.requests) == 1
+
+
+@pytest.mark.parametrize("kind", ["cumulative", "delta", "final"])
+def test_of_a_risky_one_nothing_is_shown(make, kind):
+    kv = make(-2.0)
+    shown = outputs(kv, kind=kind)
+    assert not any("Blended" in each.outputs[0].text for each in shown)
+    text = "".join(each.outputs[0].text for each in shown) if kind == "delta" else shown[-1].outputs[0].text
+    assert text == "In full."
+    report = shown[-1].report
+    assert not report.blended
+    assert report.risk > 0.5
+    assert "was above max_risk (0.5): everything was computed" in report.reason
+    assert [request.options.get("blend") for request in kv.engine.requests] == [None, False]
+    assert len(kv.engine.aborted) == (kind != "final")
+    assert shown[-1].metrics.ttft > 0
+    assert shown[-1].metrics.first_scheduled_time <= shown[0].metrics.first_token_time
+
+
+def test_a_risky_one_may_be_marked_instead(make):
+    shown = outputs(make(-2.0), on_risk="mark")
+    assert shown[-1].outputs[0].text == "Blended words here."
+    assert shown[-1].report.blended
+    assert "is above max_risk (0.5)" in shown[-1].report.reason
+
+
+def test_a_prompt_without_chunks_has_no_risk(make):
+    kv = make(-2.0)
+    (last,) = outputs(kv, "Something else altogether, of no document at all.", kind="final")
+    assert last.report.risk is None
+    assert len(kv.engine.requests) == 1
+
+
+def test_a_blend_met_again_in_the_prefix_cache_is_judged_again(make):
+    kv = make(-2.0)
+    assert outputs(kv)[-1].report.risk > 0.5
+    shelf = kv.engine._shelf
+    shelf.report = lambda request_id, prompt, options: _cached(shelf, request_id, prompt)
+    assert "everything was computed" in outputs(kv)[-1].report.reason
+
+
+def _cached(shelf, request_id, prompt):
+    shelf._accounts[request_id] = {"uncovered": 0.5}
+    return BlendReport(request_id=request_id, prompt_tokens=len(prompt), cached_tokens=len(prompt) - 1)
+
+
+def test_without_a_limit_nothing_is_asked_for(make):
+    kv = make(-2.0, max_risk=1.0)
+    shown = outputs(kv)
+    assert shown[-1].report.risk is None
+    assert not kv.engine.requests[0].params.settings.logprobs
+    assert not any(method == "account" for method, _ in kv.engine.calls)
+
+
+def test_log_probabilities_come_only_where_they_were_asked_for(make):
+    kv = make(-0.1)
+    assert outputs(kv)[-1].outputs[0].logprobs is None
+    params = FakeParams(settings=Sampling(logprobs=True, top_logprobs=1))
+
+    async def last():
+        return [each async for each in kv.stream(PROMPT, params)][-1]
+
+    assert len(kv.engine.run(last()).outputs[0].logprobs) == 4
+
+
+def test_chat_is_guarded_too(make):
+    kv = make(-2.0)
+    talker = Chat(kv)
+    asked = [{"role": "user", "content": PROMPT}]
+    assert talker.complete_sync(asked).text == "In full."
+    kv.engine.run(kv.engine.reset_prefix_cache())
+    assert "".join(delta.text for delta in talker.stream_sync(asked)) == "In full."
+
+
+def test_leaving_early_aborts(make):
+    kv = make(-0.1)
+
+    async def leave():
+        outputs = kv.stream(PROMPT, FakeParams())
+        await anext(outputs)
+        await outputs.aclose()
+        await asyncio.sleep(0.05)
+
+    kv.engine.run(leave())
+    assert len(kv.engine.aborted) == 1
+
+
+def test_a_wrong_limit(make):
+    with pytest.raises(ConfigError, match="max_risk is 2"):
+        outputs(make(-0.1), max_risk=2)
