@@ -216,7 +216,7 @@ class FakeEngine(Engine):
         )
         self.requests.append(request)
         room = self.info.max_model_len - len(tokens)
-        logprob = self._logprob if report.blended else self._logprob / 2
+        logprob = self._logprob if request.report.blended else self._logprob / 2
         answers = [self._answer(request, room, logprob) for _ in range(params.settings.n)]
         self._running += 1
         self.peak = max(self.peak, self._running)
