@@ -78,6 +78,9 @@ class BlendConfig:
     """Tiers behind the disk that hosts share, the fastest first: ``redis://host:port?max_gb=64``,
     ``s3://bucket/prefix?max_gb=500``; then the disk is a cache, and the last of these is what must keep a chunk."""
 
+    encryption_key: str = ""
+    """Encrypts chunk files and token ids at rest (AES-256-GCM): ``env:NAME`` or ``file:PATH``, where the key stands."""
+
     selector: str = "question"
     """Which reused tokens are recomputed: ``none``, ``everything``, ``first``, ``deviation``, ``question``."""
 

@@ -27,9 +27,9 @@ def stats(*, store: str | None = None, config: str | None = None, json: str | No
     """Print how many chunks, documents and bytes the store holds."""
     settings = _existing(store, config)
     layout = StoreLayout(Path(settings.store_path))
-    from kvblend_rag.store import Catalogue
+    from kvblend_rag.store import open_catalogue
 
-    catalogue = Catalogue(settings.store_path)
+    catalogue = open_catalogue(settings)
     try:
         documents, counts = catalogue.documents(), catalogue.stats()
     finally:
@@ -60,10 +60,10 @@ def stats(*, store: str | None = None, config: str | None = None, json: str | No
 def check(*, repair: bool = False, store: str | None = None, config: str | None = None) -> int:
     """Read every file and every row; 1 when something is wrong and was not mended."""
     settings = _existing(store, config)
-    from kvblend_rag.store import open_remote, upkeep
+    from kvblend_rag.store import layout_of, open_remote, upkeep
 
     with _closing(open_remote(settings)) as remote:
-        result = upkeep.check(settings.store_path, repair=repair, progress=terminal.err().is_terminal, remote=remote)
+        result = upkeep.check(layout_of(settings), repair=repair, progress=terminal.err().is_terminal, remote=remote)
     for line in result.summary():
         terminal.out().print(line)
     if result.ok or repair:
@@ -75,13 +75,13 @@ def check(*, repair: bool = False, store: str | None = None, config: str | None 
 def gc(*, max_gb: float | None = None, store: str | None = None, config: str | None = None) -> int:
     """Remove what nobody needs."""
     settings = _existing(store, config)
-    from kvblend_rag.store import open_remote, upkeep
+    from kvblend_rag.store import layout_of, open_remote, upkeep
 
     bound = settings.max_disk_gb if max_gb is None else max_gb
     if bound < 0:
         raise ConfigError(f"--max-gb is {bound:g}, and must be 0 or more.")
     result = upkeep.gc(
-        settings.store_path, int(bound * 2**30), progress=terminal.err().is_terminal, remote=open_remote(settings)
+        layout_of(settings), int(bound * 2**30), progress=terminal.err().is_terminal, remote=open_remote(settings)
     )
     terminal.out().print(result.summary())
     return 0
@@ -99,13 +99,13 @@ def sync(*, every: float | None = None, store: str | None = None, config: str | 
         raise ConfigError("There is no remote tier to learn from: set `remote`, as s3://bucket/prefix.")
     if every is not None and not every > 0:
         raise ConfigError(f"--every is {every:g}, and must be above 0.")
-    from kvblend_rag.store import open_remote
+    from kvblend_rag.store import layout_of, open_remote
     from kvblend_rag.store.sync import sync
 
     with _closing(open_remote(settings)) as remote:
         while True:
             try:
-                terminal.out().print(sync(settings.store_path, remote, progress=terminal.err().is_terminal).summary())
+                terminal.out().print(sync(layout_of(settings), remote, progress=terminal.err().is_terminal).summary())
             except StoreUnreachable as error:
                 if every is None:
                     raise
@@ -130,9 +130,9 @@ def delete(
         _remove(Path(settings.store_path))
         terminal.out().print(f"Deleted {settings.store_path}.")
         return 0
-    from kvblend_rag.store import Catalogue, open_store
+    from kvblend_rag.store import open_catalogue, open_store
 
-    catalogue = Catalogue(settings.store_path)
+    catalogue = open_catalogue(settings)
     stored = open_store(settings)
     try:
         known = {each.document_id for each in catalogue.documents() if each.tenant == settings.tenant}

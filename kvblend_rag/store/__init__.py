@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvblend_rag.store.disk import DiskStore
     from kvblend_rag.store.layout import StoreLayout
     from kvblend_rag.store.memory import MemoryStore
-    from kvblend_rag.store.open import open_catalogue, open_remote, open_store
+    from kvblend_rag.store.open import layout_of, open_catalogue, open_remote, open_store
     from kvblend_rag.store.tiered import TieredStore
 
 _HOMES = {
@@ -27,6 +27,7 @@ _HOMES = {
     "StoreLayout": "layout",
     "StoredChunk": "base",
     "TieredStore": "tiered",
+    "layout_of": "open",
     "open_catalogue": "open",
     "open_remote": "open",
     "open_store": "open",
@@ -47,6 +48,7 @@ __all__ = [
     "StoreLayout",
     "StoredChunk",
     "TieredStore",
+    "layout_of",
     "open_catalogue",
     "open_remote",
     "open_store",

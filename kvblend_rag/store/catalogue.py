@@ -55,9 +55,10 @@ class Catalogue:
         StoreError: the file is damaged, can't be written, or stays locked by another process.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        layout = StoreLayout(Path(root))
+    def __init__(self, root: str | Path | StoreLayout) -> None:
+        layout = StoreLayout.of(root)
         layout.create()
+        self._seal = layout.seal
         self._database = Database(layout, tables.SCHEMA, tables.VERSION)
         self._journal = Journal(layout)
         self._seen: int | None = None
@@ -74,7 +75,7 @@ class Catalogue:
         """``add`` for many, in one transaction."""
         with self._database.writing() as sql:
             for row in rows:
-                tables.add(sql, row)
+                tables.add(sql, row, self._seal)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of the keys, in their order, that aren't registered by all their ranks."""
@@ -201,7 +202,9 @@ class Catalogue:
                 " FROM chunk JOIN shard USING (key)"
             )
             return [
-                ChunkRow(key, space, tables.token_ids(key, space, blob, checksum), rank, shard_count, nbytes)
+                ChunkRow(
+                    key, space, tables.token_ids(key, space, blob, checksum, self._seal), rank, shard_count, nbytes
+                )
                 for key, space, blob, rank, shard_count, nbytes, checksum in rows
             ]
 
@@ -222,7 +225,11 @@ class Catalogue:
                 (namespace, 0 if reset else cursor),
             ).fetchall()
         self._seen = version
-        read = ((key, tables.token_ids(key, namespace, blob, sum_)) for key, present, blob, sum_ in rows if present)
+        read = (
+            (key, tables.token_ids(key, namespace, blob, checksum, self._seal))
+            for key, present, blob, checksum in rows
+            if present
+        )
         return Changes(
             added=[(key, token_ids) for key, token_ids in read if token_ids.size],
             removed=[key for key, present, *_ in rows if not present] if cursor and not reset else [],
@@ -238,7 +245,7 @@ class Catalogue:
         """Visible ``chunks``, their ``tokens`` and ``bytes``; ``namespaces``, ``documents``."""
         with self._database.reading() as sql:
             chunks, tokens, namespaces = sql.execute(
-                "SELECT count(*), coalesce(sum(length(token_ids)), 0) / 4, count(DISTINCT namespace)"
+                f"SELECT count(*), coalesce(sum({tables.TOKEN_BYTES}), 0) / 4, count(DISTINCT namespace)"
                 " FROM chunk WHERE complete"
             ).fetchone()
             (nbytes,) = sql.execute(

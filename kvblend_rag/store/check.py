@@ -77,7 +77,7 @@ class CheckResult:
 
 
 def check(
-    root: str | Path, repair: bool = False, progress: bool = False, remote: Sequence[RemoteStore] = ()
+    root: str | Path | StoreLayout, repair: bool = False, progress: bool = False, remote: Sequence[RemoteStore] = ()
 ) -> CheckResult:
     """Read every file and every row of a store, and compare them.
 
@@ -111,15 +111,15 @@ def check(
     return result
 
 
-def existing(root: str | Path) -> StoreLayout:
+def existing(root: str | Path | StoreLayout) -> StoreLayout:
     """The layout of a store that is there.
 
     Raises:
         StoreError: it isn't.
     """
-    layout = StoreLayout(Path(root))
+    layout = StoreLayout.of(root)
     if not layout.chunks.is_dir():
-        raise StoreError(f"There is no store at {root}: check store_path.")
+        raise StoreError(f"There is no store at {layout.root}: check store_path.")
     return layout
 
 
@@ -165,7 +165,7 @@ def _read_all(layout: StoreLayout, result: CheckResult, progress: bool) -> dict[
 
 def _open_catalogue(layout: StoreLayout, result: CheckResult) -> Catalogue | None:
     try:
-        catalogue = Catalogue(layout.root)
+        catalogue = Catalogue(layout)
         catalogue.verify()
     except CatalogueDamaged as error:
         result.catalogue_problem = str(error)
@@ -174,7 +174,7 @@ def _open_catalogue(layout: StoreLayout, result: CheckResult) -> Catalogue | Non
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 layout.put_aside(layout.catalogue.with_name(layout.catalogue.name + suffix))
-        catalogue = Catalogue(layout.root)
+        catalogue = Catalogue(layout)
     return catalogue
 
 
@@ -201,7 +201,7 @@ def _drop_broken(layout: StoreLayout, catalogue: Catalogue, elsewhere: set[Place
         keep_row = (key, shard) in elsewhere
         if (shard, keep_row) not in stores:
             listing = None if keep_row else catalogue
-            stores[shard, keep_row] = DiskStore(layout.root, shard=shard, catalogue=listing)
+            stores[shard, keep_row] = DiskStore(layout, shard=shard, catalogue=listing)
         # reading does what is needed, and leaves alone what a server has renewed meanwhile
         with contextlib.suppress(ChunkDamaged, ChunkMissing):
             stores[shard, keep_row].read(key)

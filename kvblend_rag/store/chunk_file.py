@@ -3,11 +3,14 @@
 The tensors are ``kv`` (layers, 2, tokens, kv_heads, head_dim) and ``token_ids`` (int32); the metadata
 are format, key, namespace, shard and checksum. The checksum (BLAKE3) covers every byte of the file,
 header included, with its own digits taken as zeros.
+
+Encrypted, the only tensor is ``sealed`` (uint8): such a file, sealed as a whole. Its metadata stay readable.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -22,6 +25,7 @@ from blake3 import blake3
 from kvblend_rag.errors import ChunkDamaged, ChunkMissing, StoreError
 from kvblend_rag.store.base import StoredChunk
 from kvblend_rag.store.layout import Shard, StoreLayout, mark_used, store_error, sync_folder
+from kvblend_rag.store.seal import Sealed
 
 _DTYPES = {
     "F32": torch.float32,
@@ -34,6 +38,8 @@ _BLANK = b"0" * 64
 _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
 _ALIGNMENT = 64
 _MAX_HEADER = 65_536
+_SEALED = " sealed "
+"""Between version and key in the format of an encrypted file."""
 
 
 def encode_chunk(layout: StoreLayout, chunk: StoredChunk, shard: Shard) -> list[memoryview]:
@@ -53,14 +59,7 @@ def encode_chunk(layout: StoreLayout, chunk: StoredChunk, shard: Shard) -> list[
             "it must be (layers, 2, tokens, kv_heads, head_dim)."
         )
     nbytes = kv.nbytes
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "format": str(layout.version),
-            "key": chunk.key,
-            "namespace": chunk.namespace,
-            "shard": _shard_name(shard),
-            "checksum": _BLANK.decode(),
-        },
+    tensors = {
         "kv": {"dtype": _DTYPE_NAMES[kv.dtype], "shape": list(kv.shape), "data_offsets": [0, nbytes]},
         "token_ids": {
             "dtype": "I32",
@@ -68,12 +67,34 @@ def encode_chunk(layout: StoreLayout, chunk: StoredChunk, shard: Shard) -> list[
             "data_offsets": [nbytes, nbytes + token_ids.nbytes],
         },
     }
+    data = [kv.view(-1).view(torch.uint8).numpy().data, token_ids.data.cast("B")]
+    plain = _encoded(str(layout.version), chunk, shard, tensors, data)
+    if layout.seal is None:
+        return plain
+    sealed = layout.seal.seal(b"".join(plain), _context(chunk.key, shard))
+    tensors = {"sealed": {"dtype": "U8", "shape": [len(sealed)], "data_offsets": [0, len(sealed)]}}
+    format = f"{layout.version}{_SEALED}{layout.seal.key_id.hex()}"
+    return _encoded(format, chunk, shard, tensors, [memoryview(sealed)])
+
+
+def _encoded(
+    format: str, chunk: StoredChunk, shard: Shard, tensors: dict[str, Any], data: list[memoryview]
+) -> list[memoryview]:
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": format,
+            "key": chunk.key,
+            "namespace": chunk.namespace,
+            "shard": _shard_name(shard),
+            "checksum": _BLANK.decode(),
+        },
+        **tensors,
+    }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     size = len(text).to_bytes(8, "little")
     # one thread: BLAKE3's pool hangs in a process forked after its first use, and vLLM forks
     digest = blake3(size + text)
-    data = [kv.view(-1).view(torch.uint8).numpy().data, token_ids.data.cast("B")]
     for part in data:
         digest.update(part)
     head = size + text.replace(_BLANK, digest.hexdigest().encode(), 1)
@@ -142,6 +163,13 @@ def decode_chunk(layout: StoreLayout, raw: torch.Tensor, path: Path | str, key: 
     written = (metadata["key"], metadata["shard"])
     if written != (key, _shard_name(shard)):
         raise _damaged(path, f"holds chunk {written[0]}, shard {written[1]}")
+    if "sealed" in header:
+        assert layout.seal is not None  # the header was verified for this layout
+        opened = layout.seal.open(_slice(raw, header["sealed"], start).numpy().data, _context(key, shard))
+        if opened is None:
+            raise _damaged(path, "was not encrypted with this key")
+        plain = torch.from_numpy(np.frombuffer(bytearray(opened), dtype=np.uint8))
+        return decode_chunk(dataclasses.replace(layout, seal=None), plain, path, key, shard)
     token_ids = _slice(raw, header["token_ids"], start).numpy().tobytes()
     kv = _slice(raw, header["kv"], start).view(_DTYPES[header["kv"]["dtype"]]).view(header["kv"]["shape"])
     return StoredChunk(key, metadata["namespace"], np.frombuffer(token_ids, dtype="<i4"), kv)
@@ -188,15 +216,23 @@ def _verified_header(layout: StoreLayout, raw: torch.Tensor, path: Path | str) -
         raise _damaged(path, "fails its checksum")
     # from here on the header is what a writer wrote, if not necessarily this version's
     header: dict[str, Any] = json.loads(head[8:])
-    version = header["__metadata__"].get("format")
+    version, sealed, key_id = header["__metadata__"].get("format", "").partition(_SEALED)
     if version != str(layout.version):
         raise _damaged(path, f"has format {version}, and this release reads {layout.version}")
+    if sealed and (layout.seal is None or key_id != layout.seal.key_id.hex()):
+        raise Sealed(f"{path} is encrypted with another key: set encryption_key to the one it was made with.")
+    if layout.seal is not None and not sealed:
+        raise _damaged(path, "is not encrypted")
     return header, start
 
 
 def _slice(raw: torch.Tensor, entry: dict[str, Any], start: int) -> torch.Tensor:
     first, last = entry["data_offsets"]
     return raw[start + first : start + last]
+
+
+def _context(key: str, shard: Shard) -> bytes:
+    return f"{key} {_shard_name(shard)}".encode()
 
 
 def _shard_name(shard: Shard) -> str:

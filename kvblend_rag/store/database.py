@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from kvblend_rag.errors import StoreError, StoreFull
 from kvblend_rag.store.layout import StoreLayout
+from kvblend_rag.store.seal import Seal, Sealed
 
 _BUSY_S = 30.0
 
@@ -44,8 +45,18 @@ class Database:
                 )
             self.fresh = not found
             """Whether the file was made now."""
+            self._claim(layout.seal)
             if found < version:
                 self._writer.executescript(f"{schema}; PRAGMA user_version = {version};")
+
+    def _claim(self, seal: Seal | None) -> None:
+        """Keep a store that is encrypted from being used without its key, which would look like damage."""
+        (owner,) = self._writer.execute("PRAGMA application_id").fetchone()
+        mine = 0 if seal is None else int.from_bytes(seal.key_id, "little", signed=True)
+        if owner not in (0, mine):
+            raise Sealed(f"{self._path} is encrypted with another key: set encryption_key to the one it was made with.")
+        if mine != owner:
+            self._writer.execute(f"PRAGMA application_id = {mine}")
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:

@@ -37,13 +37,13 @@ class DiskStore(ChunkStore):
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | StoreLayout,
         *,
         shard: Shard = (0, 1),
         max_bytes: int | None = None,
         catalogue: Catalogue | None = None,
     ) -> None:
-        self._layout = StoreLayout(Path(root))
+        self._layout = StoreLayout.of(root)
         self._layout.create()
         self._shard = shard
         self._max_bytes = max_bytes

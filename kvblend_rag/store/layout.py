@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from kvblend_rag.errors import StoreError, StoreFull
+from kvblend_rag.store.seal import Seal
 
 Shard: TypeAlias = tuple[int, int]
 """Tensor-parallel (rank, size)."""
@@ -51,6 +52,13 @@ class StoreLayout:
     root: Path
     version: int = 1
     """What chunk files and the catalogue must carry to be read."""
+    seal: Seal | None = None
+    """Encrypts chunk files and token ids; with it, nothing is read that it did not seal."""
+
+    @classmethod
+    def of(cls, root: str | Path | StoreLayout) -> StoreLayout:
+        """The layout itself, or that of a folder without encryption."""
+        return root if isinstance(root, StoreLayout) else cls(Path(root))
 
     @property
     def catalogue(self) -> Path:

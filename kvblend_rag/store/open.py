@@ -10,6 +10,7 @@ from kvblend_rag.address import RemoteAddress
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.store.catalogue import Catalogue
 from kvblend_rag.store.layout import Shard, StoreLayout
+from kvblend_rag.store.seal import Seal
 
 if TYPE_CHECKING:
     from kvblend_rag.store.remote import RemoteStore
@@ -44,7 +45,7 @@ def open_store(config: BlendConfig, shard: Shard = (0, 1), pin: bool = False) ->
     # what leaves the disk may still stand in a remote tier, so its row is then not the disk's to drop
     tiers.append(
         DiskStore(
-            config.store_path,
+            layout_of(config),
             shard=shard,
             max_bytes=int(config.max_disk_gb * _GIB),
             catalogue=None if remote else catalogue,
@@ -59,7 +60,7 @@ def open_remote(config: BlendConfig, shard: Shard = (0, 1)) -> list[RemoteStore]
     Raises:
         ConfigError: a client's package is missing, or an address can't be used.
     """
-    layout = StoreLayout(Path(config.store_path))
+    layout = layout_of(config)
     return [_open_remote(RemoteAddress.parse(url), layout, shard) for url in config.remote]
 
 
@@ -96,7 +97,17 @@ def open_catalogue(config: BlendConfig) -> Catalogue:
     Raises:
         StoreError: it can't be made or read, or is damaged.
     """
-    return Catalogue(config.store_path)
+    return Catalogue(layout_of(config))
 
 
-__all__ = ["open_catalogue", "open_remote", "open_store"]
+def layout_of(config: BlendConfig) -> StoreLayout:
+    """Where the store is, and the key that it is encrypted with.
+
+    Raises:
+        ConfigError: the key can't be read, or the package for it is missing.
+    """
+    seal = Seal.from_source(config.encryption_key) if config.encryption_key else None
+    return StoreLayout(Path(config.store_path), seal=seal)
+
+
+__all__ = ["layout_of", "open_catalogue", "open_remote", "open_store"]

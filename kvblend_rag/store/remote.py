@@ -82,10 +82,8 @@ class RemoteStore(ChunkStore):
         data = self._ask(lambda: self._fetch(key, self._shard))
         if data is None:
             raise ChunkMissing(f"Chunk {key} is not in {self._place}: ingest its text again.")
-        raw = torch.empty(len(data), dtype=torch.uint8)
-        raw.numpy()[:] = np.frombuffer(data, dtype=np.uint8)
         try:
-            chunk = decode_chunk(self._layout, raw, f"{self._place}: {key}", key, self._shard)
+            chunk = self._decoded(data, key, self._shard)
         except ChunkDamaged:
             with contextlib.suppress(StoreError):
                 self.delete([key])
@@ -116,8 +114,21 @@ class RemoteStore(ChunkStore):
 
         The key is their digest, so what is returned is right.
         """
-        found = self._ask(lambda: self._identify(part))
+        found = self._ask(lambda: self._identify(part)) if self._layout.seal is None else self._unseal(part)
         return found if found is not None and chunk_key(*found) == part.key else None
+
+    def _unseal(self, part: Part) -> tuple[str, TokenIds] | None:
+        data = self._ask(lambda: self._fetch(part.key, part.shard))
+        try:
+            chunk = None if data is None else self._decoded(data, part.key, part.shard)
+        except ChunkDamaged:
+            return None
+        return None if chunk is None else (chunk.namespace, chunk.token_ids)
+
+    def _decoded(self, data: memoryview | bytes, key: str, shard: Shard) -> StoredChunk:
+        raw = torch.empty(len(data), dtype=torch.uint8)
+        raw.numpy()[:] = np.frombuffer(data, dtype=np.uint8)
+        return decode_chunk(self._layout, raw, f"{self._place}: {key}", key, shard)
 
     def close(self) -> None:
         """Send what is left to send; a second call does nothing."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvblend_rag.store.catalogue import Catalogue
 from kvblend_rag.store.check import existing, with_bar
-from kvblend_rag.store.layout import Shard
+from kvblend_rag.store.layout import Shard, StoreLayout
 from kvblend_rag.store.remote import Part, RemoteStore
 from kvblend_rag.store.tables import ANONYMOUS, ChunkRow
 
@@ -32,7 +32,7 @@ class SyncResult:
         return f"{self.listed} chunk parts of other hosts are listed now, {self.gone} no longer.{foreign}"
 
 
-def sync(root: str | Path, remote: Sequence[RemoteStore], progress: bool = False) -> SyncResult:
+def sync(root: str | Path | StoreLayout, remote: Sequence[RemoteStore], progress: bool = False) -> SyncResult:
     """Compare the catalogue with what the remote tiers hold.
 
     What is listed anew is held anonymously, so that ``gc`` on this host leaves it to the others.

@@ -15,6 +15,7 @@ from kvblend_rag.blend.chunk import TokenIds, as_token_ids
 from kvblend_rag.errors import StoreError
 from kvblend_rag.store.journal import Holds
 from kvblend_rag.store.layout import checked_key
+from kvblend_rag.store.seal import Seal
 
 ANONYMOUS = ""
 """The document that holds chunks ingested without a document id."""
@@ -45,6 +46,9 @@ CREATE INDEX IF NOT EXISTS change_removed ON change(id) WHERE NOT present;
 CREATE TABLE IF NOT EXISTS forgotten(id INTEGER NOT NULL);
 """
 AMONG = "key IN (SELECT value FROM json_each(?))"
+_SEALED = b"\x01"
+"""In front of what is sealed, whose length is then no multiple of a token's."""
+TOKEN_BYTES = "length(token_ids) - CASE length(token_ids) % 4 WHEN 1 THEN 29 ELSE 0 END"
 _REMOVALS_KEPT = 100_000
 
 
@@ -59,8 +63,8 @@ class ChunkRow(NamedTuple):
     nbytes: int
 
 
-def add(sql: sqlite3.Connection, row: ChunkRow) -> None:
-    """Register a rank's part of a chunk; the last of its ranks makes it visible."""
+def add(sql: sqlite3.Connection, row: ChunkRow, seal: Seal | None) -> None:
+    """Register a rank's part of a chunk, its token ids sealed; the last of its ranks makes it visible."""
     if not 0 <= row.rank < row.shard_count or not len(row.token_ids):
         raise StoreError(
             f"Chunk {row.key} can't be listed as rank {row.rank} of {row.shard_count} with {len(row.token_ids)} tokens."
@@ -73,7 +77,7 @@ def add(sql: sqlite3.Connection, row: ChunkRow) -> None:
     sql.execute(
         "INSERT OR IGNORE INTO chunk(key, namespace, token_ids, shard_count, checksum, created)"
         " VALUES (?, ?, ?, ?, ?, ?)",
-        (checked_key(row.key), row.namespace, blob, row.shard_count, checksum, time.time()),
+        (checked_key(row.key), row.namespace, _sealed(row, blob, seal), row.shard_count, checksum, time.time()),
     )
     sql.execute("INSERT OR REPLACE INTO shard VALUES (?, ?, ?)", (row.key, row.rank, row.nbytes))
     completed = sql.execute(
@@ -158,16 +162,24 @@ def _checksum(key: str, namespace: str, blob: bytes) -> bytes:
     return hashlib.blake2b(f"{key} {namespace} ".encode() + blob, digest_size=8).digest()
 
 
-def token_ids(key: str, namespace: str, blob: bytes, checksum: bytes) -> TokenIds:
-    """A row's token ids, int32, shape (tokens,); empty when the row fails its checksum."""
-    sound = _checksum(key, namespace, blob) == checksum
-    return np.frombuffer(blob if sound else b"", dtype=np.int32)
+def token_ids(key: str, namespace: str, blob: bytes, checksum: bytes, seal: Seal | None) -> TokenIds:
+    """A row's token ids, int32, shape (tokens,); empty when the row fails its checksum or was not sealed by us."""
+    opened: bytes | None = blob
+    if seal is not None:
+        opened = seal.open(memoryview(blob)[1:], key.encode()) if blob[:1] == _SEALED else None
+    sound = opened is not None and _checksum(key, namespace, opened) == checksum
+    return np.frombuffer(opened if sound and opened else b"", dtype=np.int32)
+
+
+def _sealed(row: ChunkRow, blob: bytes, seal: Seal | None) -> bytes:
+    return blob if seal is None else _SEALED + seal.seal(blob, row.key.encode())
 
 
 __all__ = [
     "AMONG",
     "ANONYMOUS",
     "SCHEMA",
+    "TOKEN_BYTES",
     "VERSION",
     "ChunkRow",
     "add",

@@ -13,6 +13,7 @@ from pathlib import Path
 from kvblend_rag.store.catalogue import Catalogue
 from kvblend_rag.store.check import CheckResult, check, existing, unlink, with_bar
 from kvblend_rag.store.disk import DiskStore
+from kvblend_rag.store.layout import StoreLayout
 from kvblend_rag.store.remote import RemoteStore
 from kvblend_rag.store.tiered import TieredStore
 
@@ -43,7 +44,10 @@ class GcResult:
 
 
 def gc(
-    root: str | Path, max_bytes: int | None = None, progress: bool = False, remote: Sequence[RemoteStore] = ()
+    root: str | Path | StoreLayout,
+    max_bytes: int | None = None,
+    progress: bool = False,
+    remote: Sequence[RemoteStore] = (),
 ) -> GcResult:
     """Remove chunks that no document holds, leftovers, and what exceeds the bound.
 
@@ -59,8 +63,8 @@ def gc(
         StoreError: there is no store, its catalogue is damaged, or it can't be written.
     """
     layout = existing(root)
-    catalogue = Catalogue(root)
-    disk = DiskStore(root, catalogue=None if remote else catalogue)
+    catalogue = Catalogue(layout)
+    disk = DiskStore(layout, catalogue=None if remote else catalogue)
     with contextlib.closing(TieredStore([disk, *remote], catalogue if remote else None)) as store:
         before = disk.nbytes()
         keys = catalogue.unheld()

@@ -117,7 +117,8 @@ class ValkeyStore(RemoteStore):
         return int(self._ask(lambda: self._client.get(f"{self._prefix}:total")) or 0)
 
     def _write(self, key: str, shard: Shard, parts: list[memoryview], chunk: StoredChunk) -> None:
-        meta = json.dumps({"namespace": chunk.namespace}).encode() + b"\n" + as_token_ids(chunk.token_ids).tobytes()
+        token_ids = b"" if self._layout.seal else as_token_ids(chunk.token_ids).tobytes()
+        meta = json.dumps({"namespace": chunk.namespace}).encode() + b"\n" + token_ids
         self._script(_WRITE, key, _name(shard), self._max_bytes, b"".join(parts), meta)
 
     def _fetch(self, key: str, shard: Shard) -> bytes | None:

@@ -2,7 +2,7 @@
 
 blend        false for an ordinary prefill
 selector, ratio, span, coverage, full_prefill_share    how recomputed tokens are chosen, and how many
-tenant       whose chunks may be used
+tenant       whose chunks may be used; vLLM's own cache_salt means the same
 ingest       {key, namespace, start}: save the KV of the prompt from ``start`` on
 """
 
@@ -59,9 +59,16 @@ def read_wish(request: Request, config: BlendConfig) -> Wish:
         recipe=Recipe(
             wished.selector, wished.recompute_ratio, wished.span_size, wished.coverage, wished.full_prefill_share
         ),
-        tenant=wished.tenant,
+        tenant=_owner(wished.tenant, getattr(request, "cache_salt", None)),
         ingest=None if ingest is None else _read_ingest(ingest),
     )
+
+
+def _owner(tenant: str, salt: str | None) -> str:
+    """Whose chunks the request may use: who keeps apart from others in the prefix cache keeps apart here too."""
+    if salt and tenant not in ("", salt):
+        raise ConfigError("The request's cache_salt is not its tenant: give the same twice, or the salt alone.")
+    return salt or tenant
 
 
 def _read_ingest(given: Any) -> Ingest:

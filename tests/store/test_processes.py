@@ -93,6 +93,7 @@ def test_the_kills_above_hit_writers_at_work(root, make, ingest, fork):
             store.put(chunk)
             report(number)
 
+    Catalogue(root).close()
     for attempt in range(40):
         child, inlet = fork(work)
         time.sleep(0.05 + 0.007 * attempt)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvblend_rag.address import RemoteAddress, without_password
+from kvblend_rag.blend.chunk import namespace
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import ChunkDamaged, ChunkMissing, ConfigError, StoreError, StoreFull, StoreUnreachable
 from kvblend_rag.store import MemoryStore, TieredStore, open_catalogue, open_remote, open_store, upkeep
@@ -286,3 +287,24 @@ def test_addresses():
     assert without_password("redis://:pw@h:1/0?max_gb=1") == "redis://:…@h:1/0?max_gb=1"
     assert BlendConfig.load(remote="redis://h").remote == ("redis://h",)
     assert BlendConfig.load(remote=["redis://h", "s3://b"]).remote == ("redis://h", "s3://b")
+
+
+def test_another_tenants_identical_text_is_in_no_tier(kind, address, root, make, ingest):
+    """Neither by key nor by time: the other tenant's chunk has another key, so no tier does any work for it."""
+    config = BlendConfig(store_path=str(root), remote=(address(kind),))
+    store, catalogue = open_store(config), open_catalogue(config)
+    mine, theirs = (make(1, tokens=32, space=namespace("model", [1, 2], tenant)) for tenant in ("ada", "bob"))
+    assert mine.token_ids.tolist() == theirs.token_ids.tolist()
+    ingest(store, catalogue, mine, "doc")
+    for tier in store.tiers:
+        assert tier.contains(mine.key)
+        assert not tier.contains(theirs.key)
+        with pytest.raises(ChunkMissing):
+            tier.read(theirs.key)
+    assert catalogue.missing([mine.key, theirs.key]) == [theirs.key]
+    assert catalogue.changes_since(0, theirs.namespace).added == []
+    assert store.prefetch([theirs.key]) == 0
+    store.delete([theirs.key])
+    assert all(tier.contains(mine.key) for tier in store.tiers)
+    store.close()
+    catalogue.close()

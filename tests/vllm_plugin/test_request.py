@@ -103,3 +103,15 @@ def test_an_ordinary_request_has_nothing_against_it():
 )
 def test_what_speaks_against_blending(changes, found):
     assert facts(request(**changes)) == RequestFacts(**found)
+
+
+@pytest.mark.parametrize(
+    ("tenant", "salt", "owner"), [("", None, ""), ("", "s", "s"), ("s", "s", "s"), ("s", None, "s"), ("s", "", "s")]
+)
+def test_a_cache_salt_is_a_tenant(config, tenant, salt, owner):
+    assert read_wish(request({"tenant": tenant}, cache_salt=salt), config).tenant == owner
+
+
+def test_a_cache_salt_beside_another_tenant_is_refused(config):
+    with pytest.raises(ConfigError, match="cache_salt"):
+        read_wish(request(cache_salt="b"), config)

@@ -53,10 +53,11 @@ def hasher():
 
 @pytest.fixture
 def make(hasher):
-    def make(tokens=PROMPT, name="r", parameters=None, **sampling):
+    def make(tokens=PROMPT, name="r", parameters=None, salt=None, **sampling):
         extra = None if parameters is None else {"kv_transfer_params": {"kvblend": parameters}}
         params = SamplingParams(max_tokens=10, extra_args=extra, **sampling)
-        return Request(name, [int(token) for token in tokens], params, None, block_hasher=hasher)
+        tokens = [int(token) for token in tokens]
+        return Request(name, tokens, params, None, cache_salt=salt, block_hasher=hasher)
 
     return make
 
@@ -316,3 +317,34 @@ def test_without_a_handshake_or_with_a_refusal_nothing_is_blended(tmp_path, make
         assert side.claim(request, 0) == 0
         assert why in report(side, request)["reason"]
         side.close()
+
+
+def test_a_salted_request_sees_the_chunks_of_its_salt_alone(side, make):
+    config = BlendConfig(store_path=side._config.store_path)
+    salted = chunk_key(namespace("model", CONTEXT, "bob"), CHUNK)
+    catalogue = open_catalogue(config)
+    reasons = []
+    for salt in ("bob", "eve"):
+        request = make(name=salt, salt=salt)
+        side.arrived(request)
+        assert side.claim(request, 0) == 0
+        reasons.append(report(side, request)["reason"])
+    assert set(reasons) == {"the store holds no chunks for this model and ingest context"}
+    catalogue.hold("", [salted], "bob")
+    catalogue.add(salted, namespace("model", CONTEXT, "bob"), CHUNK, 0, 1, 1000)
+    claims = {}
+    for name, salt, parameters in (
+        ("b", "bob", None),
+        ("e", "eve", None),
+        ("p", None, None),
+        ("x", "bob", {"tenant": "eve"}),
+    ):
+        request = make(name=name, salt=salt, parameters=parameters)
+        side.arrived(request)
+        claims[name] = side.claim(request, 0)
+        if claims[name]:
+            side.admitted(request, list(range(1, 10)), claims[name])
+    jobs = {job.request_id: [run.key for run in job.plan.runs] for job in side.step(step(b=(0, 1), p=(0, 1))).blends}
+    assert jobs == {"b": [salted], "p": [KEY]}
+    assert (claims["e"], claims["x"]) == (0, 0)
+    catalogue.close()
