@@ -117,7 +117,7 @@ def test_settings_load(pages: Any, name: str, tmp_path: Path, monkeypatch: pytes
     for block in of(pages, name, "yaml"):
         file = tmp_path / "kvblend.yaml"
         file.write_text(block.code, encoding="utf-8")
-        loaded = BlendConfig.load(file).to_dict()
+        loaded = json.loads(json.dumps(BlendConfig.load(file).to_dict()))
         assert {key: loaded[key] for key in yaml.safe_load(block.code)} == yaml.safe_load(block.code), block.place
     for block in of(pages, name, "json"):
         options = json.loads(block.code).get("kv_transfer_params", {}).get("kvblend", {})
