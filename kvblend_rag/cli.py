@@ -140,6 +140,7 @@ def _eval(verbs: Any) -> None:
     parser.add_argument("--chunks", type=int, metavar="N", help="at most N documents a question")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="questions stored at a time (default 16)")
     parser.add_argument("--timed", type=int, default=5, metavar="N", help="measure TTFT on N questions (default 5)")
+    parser.add_argument("--minutes", type=float, metavar="N", help="ask for about N minutes; the rest is left out")
     parser.add_argument("--markdown", dest="markdown_file", metavar="FILE", help="also write the tables as Markdown")
     parser.add_argument("--plot", dest="plot_file", metavar="FILE", help="also draw quality against cost")
     _json(parser)

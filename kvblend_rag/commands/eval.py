@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shlex
 import sys
 import tempfile
@@ -56,6 +57,7 @@ def run(
     chunks: int | None = None,
     batch: int = 16,
     timed: int = 5,
+    minutes: float | None = None,
     json: str | None = None,
     markdown_file: str | None = None,
     plot_file: str | None = None,
@@ -71,6 +73,7 @@ def run(
         chunks: at most so many documents a question.
         batch: questions whose chunks are stored at a time.
         timed: questions on which the time to first token is measured, one request at a time.
+        minutes: about how long to go on asking; questions that are left then are not asked.
         json: where to write the result.
         markdown_file: where to write the tables.
         plot_file: where to draw quality against cost.
@@ -81,6 +84,8 @@ def run(
     for name, value in (("limit", limit), ("chunks", chunks), ("batch", batch)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name} is {value}, and must be 1 or more.")
+    if minutes is not None and minutes <= 0:
+        raise ConfigError(f"--minutes is {minutes:g}, and must be more than 0.")
     if timed < 0 or not 0 <= two_chunk <= 10_000:
         raise ConfigError("--timed and --two-chunk take numbers from 0 on.")
     console = terminal.prose(json)
@@ -89,12 +94,14 @@ def run(
     ways = parse_arms(arms or DEFAULT, config)
     questions = read_questions(files, limit=limit, documents=chunks) if files or not two_chunk else []
     questions += two_chunk_questions(two_chunk)
+    # So that those left out for want of time are of all files and kinds.
+    random.Random(0).shuffle(questions)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="kvblend-eval-") as folder:
         if engine.store is None:
             config = config.replace(store_path=folder)
-        measured = _measure(config, questions, ways, batch, timed, verbose=engine.verbose)
-    asked = [each.question for each in measured.asked]
+        measured = _measure(config, questions, ways, batch, timed, minutes, verbose=engine.verbose)
+    asked = [each.question for each in measured.asked][: min(map(len, measured.observed.values()))]
     (plain,) = (arm.name for arm in ways if arm.plain)
     samples = score_all(asked, measured.observed, measured.observed[plain])
     result: dict[str, Any] = {
@@ -107,7 +114,8 @@ def run(
             "ingest_context": config.ingest_context,
             "span_size": config.span_size,
             "questions": len(asked),
-            "too_long": len(questions) - len(asked),
+            "too_long": len(questions) - len(measured.asked),
+            "no_time": len(measured.asked) - len(asked),
         },
         "arms": {arm.name: {"options": dict(arm.options), "context": arm.context} for arm in ways},
         "groups": summarise(asked, ways, samples),
@@ -131,6 +139,7 @@ def _measure(
     ways: Sequence[Arm],
     batch: int,
     timed: int,
+    minutes: float | None,
     *,
     verbose: bool,
 ) -> _Measured:
@@ -139,7 +148,9 @@ def _measure(
 
     measured = _Measured()
     arguments = {**config.engine_args, **engine_arguments()}
-    for context, several in by_context(ways, config).items():
+    contexts = by_context(ways, config)
+    limit = None if minutes is None else 60 * minutes / len(contexts)
+    for context, several in contexts.items():
         own = config.replace(ingest_context=context, engine_args=arguments)
         with started(own, verbose=verbose) as llm:
             kvblend = llm.kvblend
@@ -152,7 +163,7 @@ def _measure(
                         f"None of the {len(questions)} questions fits into the model's context of "
                         f"{kvblend.engine.info.max_model_len} tokens: ask with fewer --chunks."
                     )
-            measured.observed |= observe(kvblend, measured.asked, several, batch=batch)
+            measured.observed |= observe(kvblend, measured.asked, several, batch=batch, seconds=limit)
             measured.ttft |= _times(llm, measured.asked[:timed], several)
     return measured
 
@@ -222,6 +233,8 @@ def _advice(result: Mapping[str, Any]) -> str:
     ]
     if settings["too_long"]:
         lines.append(f"{settings['too_long']} questions did not fit into the context and were not asked.")
+    if settings["no_time"]:
+        lines.append(f"{settings['no_time']} questions were not asked for want of time.")
     if result["ttft"]:
         medians = ((name, each["speedup"]["median"]) for name, each in result["ttft"].items())
         lines.append("Time to first token, times sooner than plain: " + ", ".join(f"{n} {v:.2f}" for n, v in medians))

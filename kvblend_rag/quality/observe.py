@@ -8,6 +8,7 @@ one before.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,13 @@ def prepare(engine: Engine, questions: Iterable[Question], render: Callable[[Que
 
 
 def observe(
-    kvblend: KVBlend, asked: Sequence[Asked], arms: Sequence[Arm], *, batch: int = 16, progress: bool = True
+    kvblend: KVBlend,
+    asked: Sequence[Asked],
+    arms: Sequence[Arm],
+    *,
+    batch: int = 16,
+    seconds: float | None = None,
+    progress: bool = True,
 ) -> Observations:
     """Ask every question in every way.
 
@@ -88,6 +95,7 @@ def observe(
         asked: the questions.
         arms: the ways.
         batch: questions at a time.
+        seconds: after so many no further batch is begun, and the last questions are left out.
         progress: show a progress bar.
 
     Raises:
@@ -95,8 +103,11 @@ def observe(
         EngineUnavailable: the engine does not force tokens, or died.
     """
     observed: Observations = {arm.name: [] for arm in arms}
+    begun = time.monotonic()
     with tqdm(total=2 * len(asked) * len(arms), desc="Asking", unit="answer", disable=not progress) as bar:
         for start in range(0, len(asked), batch):
+            if start and seconds is not None and time.monotonic() - begun > seconds:
+                break
             several = asked[start : start + batch]
             holders = [_holder(each.question) for each in several for _ in each.question.documents]
             kvblend.ingest(

@@ -51,9 +51,10 @@ def score(question: Question, observed: Observation, plain: Observation) -> Samp
 
 
 def score_all(questions: list[Question], observed: Observations, plain: list[Observation]) -> dict[str, list[Sample]]:
-    """Every arm's observations as numbers, by arm, one a question."""
+    """Observations as numbers, by arm; an arm may hold those of further questions behind the given ones."""
     return {
-        arm: [score(*each) for each in zip(questions, several, plain, strict=True)] for arm, several in observed.items()
+        arm: [score(*each) for each in zip(questions, several, plain, strict=False)]
+        for arm, several in observed.items()
     }
 
 

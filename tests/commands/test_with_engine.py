@@ -221,6 +221,18 @@ def test_eval(kvblend, shared_engine, questions, tmp_path):
     assert files[2].read_bytes().startswith(b"\x89PNG")
 
 
+def test_eval_for_want_of_time(kvblend, shared_engine, tmp_path):
+    file = tmp_path / "eval.json"
+    ran = kvblend(
+        *("eval", "--two-chunk", 3, "--arms", "reuse", "--batch", 1, "--timed", 0, "--minutes", 1e-9, "--json", file)
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "2 questions were not asked for want of time" in ran.stdout
+    result = json.loads(file.read_text())
+    assert len(result["samples"]) == result["groups"]["all"]["questions"] == 1
+    assert result["ttft"] == {}
+
+
 def test_eval_of_what_can_not_be_asked(kvblend, shared_engine, questions, tmp_path):
     assert "selector" in kvblend("eval", questions, "--arms", "qestion:0.1").stderr
     assert "no questions" in kvblend("eval").stderr
