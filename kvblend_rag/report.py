@@ -57,7 +57,8 @@ class BlendReport:
     recomputed_spans: tuple[tuple[int, int], ...] = ()
     """Recomputed prompt ranges ``[start, stop)``."""
     milliseconds: dict[str, float] = field(default_factory=dict)
-    """Host time of each step: ``match``, ``load``, ``score``, ``select``, ``forward``."""
+    """Host time of each step: ``match``, ``load``, ``rotate`` (part of ``load`` where a kernel does both), ``score``,
+    ``select``, ``forward``."""
 
     @property
     def recomputed_share(self) -> float:

@@ -67,11 +67,9 @@ class Blender:
         if selector.needs <= {Evidence.LOADED}:
             with _timed(clock, "select"):
                 recomputed, mask, left = self._select(job, {})
-            with _timed(clock, "load"):
-                self._place(job, turns, left_out=mask)
+            self._place(job, turns, clock, left_out=mask)
         else:
-            with _timed(clock, "load"):
-                self._place(job, turns)
+            self._place(job, turns, clock)
             with _timed(clock, "score"):
                 evidence, scored = self._gather(job, chunks, turns, selector.needs)
             with _timed(clock, "select"):
@@ -117,18 +115,27 @@ class Blender:
             )
         return kv, tier
 
-    def _place(self, job: BlendJob, turns: Turns, left_out: torch.Tensor | None = None) -> None:
+    def _place(
+        self, job: BlendJob, turns: Turns, clock: dict[str, float], left_out: torch.Tensor | None = None
+    ) -> None:
         """Start writing the reused tokens' KV, keys rotated to where they stand now.
 
         Args:
             job: the request.
             turns: its rotations.
+            clock: milliseconds by step.
             left_out: (reused tokens,) bool, tokens that will be recomputed.
         """
-        slots = self._paged.host_slots(job.block_ids, torch.from_numpy(job.plan.reused_positions()[0]))
-        if left_out is not None:
-            slots = slots.masked_fill(left_out, -1)
-        self._loader.place(slots, turns)
+        before = turns.seconds
+        with _timed(clock, "load"):
+            slots = self._paged.host_slots(job.block_ids, torch.from_numpy(job.plan.reused_positions()[0]))
+            if left_out is not None:
+                slots = slots.masked_fill(left_out, -1)
+            self._loader.place(slots, turns)
+        rotating = (turns.seconds - before) * 1e3
+        if rotating:  # nothing where rotation and copy are one kernel
+            clock["load"] -= rotating
+            clock["rotate"] = clock.get("rotate", 0.0) + rotating
 
     def _gather(
         self, job: BlendJob, chunks: Chunks, turns: Turns, needs: frozenset[Evidence]

@@ -13,10 +13,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorWorkerMetadata,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
 from kvblend_rag.vllm_plugin.metadata import StepPlan
+from kvblend_rag.vllm_plugin.metrics import BlendMetrics, BlendStats
 from kvblend_rag.vllm_plugin.scheduler_side import SchedulerSide
 from kvblend_rag.vllm_plugin.worker_side import WorkerSide
 
@@ -68,6 +70,30 @@ class KVBlendConnector(KVConnectorBase_V1):
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Blocks may be freed at once; the report travels with the last output."""
         return False, self.scheduler.finished(request)
+
+    # Metrics
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """Counts since the last call."""
+        if hasattr(self, "scheduler"):
+            return self.scheduler.take_stats()
+        return BlendStats()  # an older vLLM asks the scheduler's side only where the workers' answered
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        """Counts that crossed to the front end."""
+        return BlendStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        """The counters of the front end."""
+        return BlendMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # Worker side
 

@@ -6,6 +6,7 @@ the layers before it compute, and whoever needs a layer waits for that layer alo
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 
 import torch
@@ -27,6 +28,9 @@ class Turns:
         plan: which chunk tokens stand where.
         context_tokens: length of the ingest context, behind which stored chunks were computed.
         device: of the results.
+
+    Attributes:
+        seconds: host time that ``rotated`` spent on rotations, so far.
     """
 
     def __init__(self, plan: BlendPlan, context_tokens: int, device: torch.device) -> None:
@@ -35,6 +39,7 @@ class Turns:
         stored = torch.cat([torch.arange(run.chunk_start, run.chunk_start + run.length) for run in runs])
         self._stored = to_device(stored + context_tokens, device)
         self._known: dict[tuple[int, bool], Turn] = {}
+        self.seconds = 0.0
 
     def of(self, rotary: Rotary | None) -> Turn | None:
         """Cosines and sines, each (tokens, rotary_dim / 2) float32; None where nothing is rotated."""
@@ -52,9 +57,11 @@ def rotated(
     """Keys and values of the reused tokens at one layer, each (tokens, kv_heads, head_dim), keys rotated."""
     parts = [chunks[run.key][index, :, run.chunk_start : run.chunk_start + run.length] for run in plan.runs]
     keys, values = torch.cat(parts, dim=1).to(device)
+    started = time.perf_counter()
     turn = turns.of(layer.rotary)
     if turn is not None and layer.rotary is not None:
         keys = rotate(keys, *turn, layer.rotary.interleaved)
+    turns.seconds += time.perf_counter() - started
     return keys, values
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,12 +37,14 @@ from kvblend_rag.vllm_plugin.metadata import (
     StepOutcome,
     StepPlan,
 )
+from kvblend_rag.vllm_plugin.metrics import BlendStats
 from kvblend_rag.vllm_plugin.prefix_cache import isolate, still_computing
 from kvblend_rag.vllm_plugin.request import PARAMETER, Ingest, facts, read_wish
 
 logger = logging.getLogger(__name__)
 
 _DIGESTS_REMEMBERED = 4096
+_UNCOUNTED = 4096  # bounded for the case that nobody asks for statistics
 
 
 @dataclass
@@ -84,6 +86,7 @@ class SchedulerSide:
         self._reports: dict[str, BlendReport] = {}
         self._answered: dict[str, tuple[dict[str, Any], str]] = {}
         """Reports handed out in this step and blends' digests; the workers' account may still complete them."""
+        self._uncounted: deque[dict[str, Any]] = deque(maxlen=_UNCOUNTED)
         self._seen_digests: OrderedDict[str, float | None] = OrderedDict()
         """What each blend left uncovered."""
         self._met_again: dict[str, float | None] = {}
@@ -226,7 +229,16 @@ class SchedulerSide:
             report = replace(report, computed_tokens=report.prompt_tokens - report.cached_tokens)
         answer = {PARAMETER: report.to_dict()}
         self._answered[request_id] = answer, blend.digest if blend is not None else ""
+        self._uncounted.append(answer)
         return answer
+
+    def take_stats(self) -> BlendStats:
+        """Counts of the requests that ended since the last call; the workers' account is in by now."""
+        stats = BlendStats()
+        for answer in self._uncounted:
+            stats.count(BlendReport.from_dict(answer[PARAMETER]))
+        self._uncounted.clear()
+        return stats
 
     def close(self) -> None:
         """Close the catalogue."""

@@ -101,6 +101,8 @@ def test_a_request_that_ends_with_its_first_token_is_reported_too(side, make):
     answer = side.finished(request)
     side.worker_reported(StepOutcome({"r": Outcome(recomputed=((20, 40),))}))
     assert answer["kvblend"]["recomputed_tokens"] == 20
+    assert side.take_stats().data["tokens"] == {"reused": 60, "recomputed": 20, "computed": 50}
+    assert side.take_stats().is_empty()
 
 
 def test_a_fallback_is_no_blend(side, make):
