@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -10,6 +11,7 @@ from langchain_classic.chains import create_retrieval_chain
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
+from langchain_core.indexing import InMemoryRecordManager, index
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.tools import tool
 from langchain_core.vectorstores import InMemoryVectorStore
@@ -73,6 +75,42 @@ def test_a_form_is_always_kept(reader_kv):
         llm_with = llm.with_structured_output(Machine, method=method, include_raw=True)
         answer = llm_with.invoke("Describe a roasting machine.")
         assert isinstance(answer["parsed"], Machine), answer
+        pieces = list(llm.with_structured_output(Machine, method=method).stream("Describe a roasting machine."))
+        assert isinstance(pieces[-1], Machine)
+
+
+def test_index_follows_what_becomes_of_documents(reader_kv, tmp_path):
+    """Twice, edited, deleted: on the real engine, with files that really go."""
+    manager = InMemoryRecordManager("reader")
+    manager.create_schema()
+    store = KVBlendVectorStore(InMemoryVectorStore(DeterministicFakeEmbedding(size=32)), reader_kv, namespace="index")
+    folder = Path(reader_kv.config.store_path)
+    texts = [each.text for each in load_documents()[20:24]]
+
+    def run(texts):
+        documents = [Document(text, metadata={"source": str(place)}) for place, text in enumerate(texts)]
+        done = index(documents, manager, store, cleanup="full", source_id_key="source", key_encoder="sha256")
+        return done["num_added"], done["num_deleted"], reader_kv.catalogue.stats()["chunks"], files()
+
+    def files():
+        return len([path for path in folder.rglob("*") if path.is_file() and path.suffix == ".safetensors"])
+
+    before, chunks = files(), reader_kv.catalogue.stats()["chunks"]
+    first = run(texts)
+    assert first[:2] == (4, 0)
+    assert first[2] - chunks == first[3] - before >= 4
+    assert run(texts) == (0, 0, *first[2:])
+    edited = [texts[0] + " One sentence more, at its end.", *texts[1:]]
+    assert run(edited)[:2] == (1, 1)
+    assert reader_kv.prefetch(edited) == reader_kv.catalogue.stats()["chunks"] - chunks
+    last = run(edited[:2])
+    assert last[:2] == (0, 2)
+    assert last[2] < first[2]
+    assert last[3] < first[3]
+    llm = ChatKVBlend(kv=reader_kv, temperature=0, max_tokens=4)
+    found = store.similarity_search("x", k=2)
+    answer = llm.invoke("\n\n".join(each.page_content for each in found) + "\n\nQuestion: what is this?")
+    assert {use.found for use in llm.found_documents(answer, found)} == {"fully"}
 
 
 def test_a_forced_call_is_made(reader_kv):
