@@ -7,13 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from kvblend_rag.quality import bootstrap
+from kvblend_rag.quality import bootstrap, two_chunk
 from kvblend_rag.quality.arms import Arm
 from kvblend_rag.quality.bootstrap import Interval, Values
 from kvblend_rag.quality.questions import Question
 from kvblend_rag.quality.score import Sample
 
 ALL = "all"
+REAL = "real questions"
+"""All but those made here; a group only where some were made here."""
+
+TWO_CHUNKS = "answers from two chunks"
+"""Of those made here, the ones whose answer no chunk alone holds."""
+
 PUBLISHED = ("first", "deviation")
 """Selectors as published (EPIC, CacheBlend), which ours are compared with at the same budget."""
 
@@ -22,8 +28,13 @@ _CHANGES = ("exact", "f1", "nll")
 
 
 def groups(questions: Sequence[Question]) -> dict[str, list[int]]:
-    """Indices of the questions in each group: all, then by set, then by kind; equal groups once."""
+    """Indices of the questions in each group: all, real and made ones, by set, by kind; equal groups once."""
     several: dict[str, list[int]] = {ALL: list(range(len(questions)))}
+    made = [place for place, question in enumerate(questions) if question.set == two_chunk.SET]
+    if 0 < len(made) < len(questions):
+        several[REAL] = sorted({*several[ALL]} - {*made})
+    if needed := [place for place in made if len(set(questions[place].supporting)) > 1]:
+        several[TWO_CHUNKS] = needed
     for name in ("set", "kind"):
         for place, question in enumerate(questions):
             several.setdefault(f"{name}: {getattr(question, name)}", []).append(place)
@@ -89,4 +100,4 @@ def _listed(interval: Interval) -> list[float | None]:
     return [None if np.isnan(each) else each for each in interval.to_list()]
 
 
-__all__ = ["ALL", "PUBLISHED", "groups", "summarise"]
+__all__ = ["ALL", "PUBLISHED", "REAL", "TWO_CHUNKS", "groups", "summarise"]

@@ -9,7 +9,10 @@ from kvblend_rag.errors import ChunkRejected, PromptTooLong, StoreFull
 
 TOPICS = ("harbour", "orchard", "library", "foundry", "observatory")
 SHORT = ("--max-tokens", 4)
-KINDS = ("kind: lookup", "kind: two_hops", "kind: pronoun")
+GROUPS = (
+    *("real questions", "answers from two chunks", "set: two_chunk"),
+    *("kind: lookup", "kind: two_hops", "kind: pronoun"),
+)
 
 
 @pytest.fixture

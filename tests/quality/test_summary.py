@@ -8,6 +8,7 @@ from kvblend_rag.quality.observe import Observation
 from kvblend_rag.quality.questions import Question
 from kvblend_rag.quality.score import Sample, score
 from kvblend_rag.quality.summary import groups, summarise
+from kvblend_rag.quality.two_chunk import two_chunk_questions
 from kvblend_rag.report import BlendReport
 
 
@@ -50,6 +51,13 @@ def test_groups_are_named_once():
         "kind: x": [0],
         "kind: y": [1],
     }
+
+
+def test_made_questions_are_kept_apart():
+    several = groups([question(), *two_chunk_questions(6, documents=4)])
+    assert several["real questions"] == [0]
+    assert several["answers from two chunks"] == [2, 3, 5, 6]
+    assert several["set: two_chunk"] == [1, 2, 3, 4, 5, 6]
 
 
 def samples(**values):
