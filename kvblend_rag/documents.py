@@ -82,9 +82,11 @@ class DocumentSync:
         else:
             report = None
             self._join(members)  # at once: a deletion may name the group before the thread comes to it
+            joined: dict[str, set[tuple[str, str]]] = {}
+            for pair in members:
+                joined.setdefault(pair[1], set()).add(pair)
             for batch_ids, batch_texts in _batches(zip(own, texts, strict=True), self._batch):
-                wanted = set(batch_ids)
-                part = [pair for pair in members if pair[1] in wanted]
+                part = sorted(set().union(*(joined.get(each, ()) for each in batch_ids)))
                 self._background.put(partial(self._add_counted, batch_ids, batch_texts, part), len(batch_ids))
         self._delete_doomed()
         return report
