@@ -37,7 +37,10 @@ class RemoteAddress:
             ConfigError: another scheme, an unknown option, or a value that can't be used.
         """
         shown = without_password(text)
-        url = urlsplit(text)
+        try:
+            url = urlsplit(text)
+        except ValueError as error:
+            raise ConfigError(f"The remote tier {shown!r} is no URL: {error}.") from error
         if url.scheme not in ("s3", *_VALKEY) or not (url.netloc or url.scheme == "unix"):
             raise ConfigError(
                 f"The remote tier {shown!r} can't be used: give redis://host:port, rediss://host:port or s3://bucket/prefix."

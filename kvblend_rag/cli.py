@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _eval(verbs)
     _bench(verbs)
     _store(verbs)
+    _torture(verbs)
     _config(verbs)
     return parser
 
@@ -188,6 +189,18 @@ def _store(verbs: Any) -> None:
         parser.add_argument("--store", metavar="DIR", help="folder of the chunk store")
         parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     _json(stats)
+
+
+def _torture(verbs: Any) -> None:
+    kinds = verbs.add_parser(
+        "torture", help="Try to break it.", description="Try to break it, on data of its own."
+    ).add_subparsers(metavar="WHAT", required=True)
+    help = "Kill writers at random instants; flip, cut and swap files; fill, lock and remove the device."
+    parser = _verb(kinds, "store", help, ("torture", "store"))
+    parser.add_argument("--rounds", type=int, default=100, help="how often writers are killed (default 100)")
+    parser.add_argument("--writers", type=int, default=2, help="processes that write at once (default 2)")
+    parser.add_argument("--seed", type=int, default=0, help="of what they do and when they die")
+    _json(parser)
 
 
 def _config(verbs: Any) -> None:

@@ -194,8 +194,8 @@ class BlendConfig:
                 near = difflib.get_close_matches(name, hints, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else f" Known keys: {', '.join(sorted(hints))}."
                 raise ConfigError(f"Unknown key {name!r} {where}.{hint}")
-            if parse:
-                value = yaml.safe_load(value) if hints[name] not in (str, str | None) else value
+            if parse and hints[name] not in (str, str | None):
+                value = _parsed(value, f"{_PREFIX}{name.upper()} {where}")
             checked[name] = _as_type(name, value, hints[name], where)
         return checked
 
@@ -207,16 +207,24 @@ def _from_environment(config: type[BlendConfig]) -> dict[str, str]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"The configuration file {path} can't be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The configuration file {path} is not YAML: {error}".splitlines()[0]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The configuration file {path} is not YAML: {error}") from error
+    loaded = _parsed(text, f"The configuration file {path}")
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise ConfigError(f"The configuration file {path} must hold `key: value` lines.")
     return {str(key): value for key, value in loaded.items()}
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and nesting raise what is no YAMLError
+        raise ConfigError(f"{what} is not YAML: {error}".splitlines()[0]) from error
 
 
 def _as_type(name: str, value: Any, kind: Any, where: str) -> Any:

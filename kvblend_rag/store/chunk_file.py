@@ -38,6 +38,8 @@ _BLANK = b"0" * 64
 _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
 _ALIGNMENT = 64
 _MAX_HEADER = 65_536
+_NOT_OURS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What reading a header can raise that nobody of ours wrote, though its checksum is right."""
 _SEALED = " sealed "
 """Between version and key in the format of an encrypted file."""
 
@@ -158,13 +160,19 @@ def decode_chunk(layout: StoreLayout, raw: torch.Tensor, path: Path | str, key: 
     Raises:
         ChunkDamaged: it isn't, byte for byte, what was written for this key and shard.
     """
+    try:
+        return _decoded(layout, raw, path, key, shard)
+    except _NOT_OURS as error:
+        raise _damaged(path, f"has a right checksum and a header that is none of ours ({error!r:.80})") from error
+
+
+def _decoded(layout: StoreLayout, raw: torch.Tensor, path: Path | str, key: str, shard: Shard) -> StoredChunk:
     header, start = _verified_header(layout, raw, path)
     metadata = header["__metadata__"]
     written = (metadata["key"], metadata["shard"])
     if written != (key, _shard_name(shard)):
         raise _damaged(path, f"holds chunk {written[0]}, shard {written[1]}")
-    if "sealed" in header:
-        assert layout.seal is not None  # the header was verified for this layout
+    if layout.seal is not None:
         opened = layout.seal.open(_slice(raw, header["sealed"], start).numpy().data, _context(key, shard))
         if opened is None:
             raise _damaged(path, "was not encrypted with this key")
@@ -172,7 +180,9 @@ def decode_chunk(layout: StoreLayout, raw: torch.Tensor, path: Path | str, key: 
         return decode_chunk(dataclasses.replace(layout, seal=None), plain, path, key, shard)
     token_ids = _slice(raw, header["token_ids"], start).numpy().tobytes()
     kv = _slice(raw, header["kv"], start).view(_DTYPES[header["kv"]["dtype"]]).view(header["kv"]["shape"])
-    return StoredChunk(key, metadata["namespace"], np.frombuffer(token_ids, dtype="<i4"), kv)
+    if kv.ndim != 5 or kv.shape[1] != 2 or len(token_ids) != 4 * kv.shape[2]:
+        raise ValueError(f"KV of shape {tuple(kv.shape)}")
+    return StoredChunk(key, str(metadata["namespace"]), np.frombuffer(token_ids, dtype="<i4"), kv)
 
 
 def _write_file(path: Path, parts: list[memoryview]) -> None:
@@ -228,6 +238,8 @@ def _verified_header(layout: StoreLayout, raw: torch.Tensor, path: Path | str) -
 
 def _slice(raw: torch.Tensor, entry: dict[str, Any], start: int) -> torch.Tensor:
     first, last = entry["data_offsets"]
+    if not 0 <= first <= last <= raw.numel() - start:
+        raise ValueError(f"a tensor from {first} to {last}")
     return raw[start + first : start + last]
 
 

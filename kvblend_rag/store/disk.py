@@ -144,14 +144,26 @@ class DiskStore(ChunkStore):
         return keys
 
     def _remove(self, keys: list[str], unless_held: bool = False) -> list[str]:
-        if self._catalogue is not None:
+        if self._catalogue is None:
+            self._unlink(keys)
+            return keys
+        try:
             keys = self._catalogue.remove(keys, unless_held=unless_held)
+        except StoreFull:
+            # dropping a row takes room too: on a full device the files go first, or nothing ever could
+            held = self._catalogue.held(keys) if unless_held else set()
+            keys = [key for key in keys if key not in held]
+            self._unlink(keys)
+            return self._catalogue.remove(keys)
+        self._unlink(keys)
+        return keys
+
+    def _unlink(self, keys: list[str]) -> None:
         for path in itertools.chain.from_iterable(map(self._layout.files_of, keys)):
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 raise store_error(error, path, "deleted") from error
-        return keys
 
     def _read_again(self, key: str, path: Path, error: ChunkMissing | ChunkDamaged) -> StoredChunk:
         try:
