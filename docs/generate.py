@@ -1,6 +1,7 @@
 """Tables of the README and the docs that are made from code and from result files, never by hand.
 
-``python docs/generate.py`` rewrites the marked blocks of README.md; a test checks that they are up to date.
+``python docs/generate.py`` rewrites the marked blocks of README.md and of the page on answer quality; a test
+checks that they are up to date.
 """
 
 from __future__ import annotations
@@ -9,8 +10,15 @@ import ast
 import dataclasses
 import json
 import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from kvblend_rag.quality.markdown import cell, summary_table
+from kvblend_rag.quality.summary import ALL, REAL, TWO_CHUNKS
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -192,6 +200,8 @@ def results() -> str:
         return "There are no result files in `docs/results/` yet.\n"
     parts = []
     for name, result in loaded:
+        if is_quality(result):
+            continue  # a page of its own
         command = result.get("command")
         parts.append(f"## {name.removesuffix('.json')}\n")
         if command:
@@ -237,7 +247,118 @@ def headline() -> str:
     return "\n".join(parts)
 
 
-BLOCKS = {"configuration": configuration, "results": headline}
+def is_quality(result: dict[str, Any]) -> bool:
+    """Whether a result file is one of `kvblend eval`."""
+    return isinstance(result.get("groups"), dict) and "samples" in result
+
+
+def quality() -> str:
+    """What `kvblend eval` measured: the goals, then each result file's tables."""
+    several = [(name.removesuffix(".json"), result) for name, result in _loaded() if is_quality(result)]
+    if not several:
+        return "There are no result files of `kvblend eval` in `docs/results/` yet.\n"
+    parts = []
+    for name, result in several:
+        settings, groups = result["settings"], result["groups"]
+        sets = ", ".join(
+            f"{count} of {name}" for name, count in Counter(row["set"] for row in result["samples"]).items()
+        )
+        parts.append(f"## {name}\n")
+        parts.append(f"```console\n$ {_plain(result['command'])}\n```\n")
+        parts.append(f"{result['date']}; {_facts(result)}\n")
+        left_out = ", ".join(
+            f"{settings[key]} {what}"
+            for key, what in (("too_long", "too long for the context"), ("no_time", "left out for want of time"))
+            if settings.get(key)
+        )
+        parts.append(
+            f"Questions: {settings['questions']} ({sets}){f'; {left_out}' if left_out else ''}. "
+            f"Ingest context `{settings['ingest_context']}`, spans of {settings['span_size']}, if not said otherwise.\n"
+        )
+        parts.append(_goals(result))
+        parts.append("All questions:\n")
+        parts.append(summary_table(groups))
+        parts.append("ΔNLL and, in brackets, F1 as a share of plain's, by set and kind:\n")
+        parts.append(_by_group(groups))
+        parts.append(_adaptive(result))
+        if result["ttft"]:
+            parts.append("Time to first token, one request at a time: ")
+            parts[-1] += ", ".join(
+                f"{arm} {each['seconds']['median'] * 1e3:,.0f} ms ({each['speedup']['median']:.2f}×)"
+                for arm, each in result["ttft"].items()
+            )
+            parts[-1] += ".\n"
+    return "\n".join(parts)
+
+
+def _goals(result: dict[str, Any]) -> str:
+    """What was to be reached, for the default selector at 15 %, and whether it was."""
+    groups, arm = result["groups"], "question:0.15"
+    every = groups[ALL]["arms"]
+    if arm not in every:
+        return ""
+    rows = []
+
+    def goal(what: str, estimate: list[float | None] | None, form: str, reached: Callable[[float], bool]) -> None:
+        if estimate is not None and None not in estimate:
+            rows.append([what, cell(estimate, form), "reached" if reached(estimate[0]) else "not reached"])
+
+    real = groups.get(REAL) or groups[ALL]
+    goal("ΔNLL, real questions, ≤ 0.02", real["arms"][arm]["nll_change"], "{:+.3f}", lambda value: value <= 0.02)
+    if TWO_CHUNKS in groups:
+        made = groups[TWO_CHUNKS]["arms"][arm]["nll_change"]
+        goal("ΔNLL, answers from two chunks, ≤ 0.02", made, "{:+.3f}", lambda value: value <= 0.02)
+    goal(
+        "KL as a share of the best published selector's, ≤ 0.35",
+        every[arm].get("kl_share"),
+        "{:.2f}",
+        lambda v: v <= 0.35,
+    )
+    goal("F1 as a share of plain's, ≥ 98 %", every[arm]["f1_share"], "{:.0%}", lambda value: value >= 0.98)
+    for name, group in groups.items():
+        if name.startswith("kind: ") and group["questions"] >= 100:
+            goal(f"F1 of {name}, ≥ 95 %", group["arms"][arm]["f1_share"], "{:.0%}", lambda value: value >= 0.95)
+    return f"`{arm}` against what was to be reached:\n\n" + table(["", "measured (95 % interval)", ""], rows)
+
+
+def _adaptive(result: dict[str, Any]) -> str:
+    """Adaptive budgets against the fixed ones at the same mean share, by set: KL as a share of theirs."""
+    groups = {name: each for name, each in result["groups"].items() if name == ALL or name.startswith("set: ")}
+    fixed = [arm for arm in result["groups"][ALL]["arms"] if re.fullmatch(r"reuse|question:[\d.]+", arm)]
+    rows = []
+    for arm, each in result["arms"].items():
+        if "coverage" not in each["options"] or len(fixed) < 2:
+            continue
+        cells = []
+        for group in groups.values():
+            points = sorted((group["arms"][name]["recomputed"][0], group["arms"][name]["kl"][0]) for name in fixed)
+            share, kl = (group["arms"][arm][name][0] for name in ("recomputed", "kl"))
+            within = points[0][0] <= share <= points[-1][0]
+            there = float(np.interp(share, *zip(*points, strict=True))) if within else 0.0
+            cells.append(f"{kl / there:.2f} at {share:.0%}" if there else f"{share:.0%}: beyond the fixed ones")
+        rows.append([arm, *cells])
+    if not rows:
+        return ""
+    about = "KL as a share of the fixed budgets', interpolated at the same mean share of recomputed tokens:\n\n"
+    return about + table(["", *groups], rows)
+
+
+def _by_group(groups: dict[str, Any]) -> str:
+    arms = [arm for arm, row in groups[ALL]["arms"].items() if row["blended"][0] > 0]
+    rows = []
+    for name, group in groups.items():
+        cells = []
+        for arm in arms:
+            row = group["arms"][arm]
+            share = cell(row["f1_share"], "{:.0%}", interval=False)
+            cells.append(f"{row['nll_change'][0]:+.3f}" + (f" ({share})" if share else ""))
+        rows.append([name, str(group["questions"]), *cells])
+    return table(["", "questions", *arms], rows)
+
+
+BLOCKS = {"configuration": configuration, "results": headline, "quality": quality}
+PAGES = (ROOT / "README.md", DOCS / "quality.md")
+"""Where marked blocks stand."""
 
 
 def with_blocks(text: str) -> str:
@@ -251,12 +372,12 @@ def with_blocks(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the marked blocks of README.md."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    new = with_blocks(text)
-    if new != text:
-        readme.write_text(new, encoding="utf-8")
+    """Rewrite the marked blocks."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = with_blocks(text)
+        if new != text:
+            page.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ def generate() -> Any:
     return module
 
 
-def test_readme_is_up_to_date(generate: Any) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert generate.with_blocks(text) == text, "run `python docs/generate.py`"
+def test_pages_are_up_to_date(generate: Any) -> None:
+    for page in generate.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert generate.with_blocks(text) == text, "run `python docs/generate.py`"
 
 
 def test_every_setting_is_described_with_its_default(generate: Any) -> None:
@@ -89,3 +90,37 @@ def test_a_result_file_becomes_a_table(generate: Any, tmp_path: Path, monkeypatc
     assert "/root" not in shown
     assert "`rate`" in shown
     assert "4.25" in generate.headline()
+
+
+def test_a_result_of_eval_becomes_tables(generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(**values: float) -> dict[str, list[float]]:
+        names = ("exact", "f1", "same", "kl", "recomputed", "computed", "blended", "nll_change", "f1_share")
+        return {name: [values.get(name, 0.5)] * 3 for name in names}
+
+    fixed = {**row(nll_change=0.01, f1_share=0.9, recomputed=0.1, kl=0.4), "kl_share": [0.3, 0.2, 0.4]}
+    adaptive, reuse = row(recomputed=0.05, kl=0.3), row(recomputed=0, kl=0.8)
+    arms = {"plain": row(blended=0), "question:0.15": fixed, "question:0.5:coverage=0.8": adaptive, "reuse": reuse}
+    group = {"questions": 120, "arms": arms}
+    result = {
+        "command": "kvblend eval ../shared/data/val",
+        "date": "2026-01-01",
+        "engine": {"dtype": "bfloat16"},
+        "settings": {"questions": 120, "too_long": 2, "no_time": 0, "ingest_context": "document", "span_size": 16},
+        "arms": {name: {"options": {"coverage": 0.8} if "cov" in name else {}} for name in arms},
+        "groups": {"all": group, "kind: multi_hop": group, "kind: compare": {**group, "questions": 99}},
+        "ttft": {"plain": {"seconds": {"median": 0.5}, "speedup": {"median": 1.0}}},
+        "samples": [{"set": "musique"}] * 120,
+    }
+    (tmp_path / "quality-x.json").write_text(json.dumps(result))
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    shown = generate.quality()
+    assert "Questions: 120 (120 of musique); 2 too long for the context." in shown
+    assert "| ΔNLL, real questions, ≤ 0.02 | +0.010 | reached |" in shown
+    assert "| KL as a share of the best published selector's, ≤ 0.35 | 0.30 (0.20 to 0.40) | reached |" in shown
+    assert "| F1 as a share of plain's, ≥ 98 % | 90% | not reached |" in shown
+    assert "| F1 of kind: multi_hop, ≥ 95 % | 90% | not reached |" in shown
+    assert "F1 of kind: compare" not in shown  # fewer than 100 questions
+    assert "| kind: compare | 99 | +0.010 (90%) |" in shown
+    assert "| question:0.5:coverage=0.8 | 0.50 at 5% |" in shown
+    assert "plain 500 ms (1.00×)" in shown
+    assert "musique" not in generate.results()
