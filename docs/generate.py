@@ -24,18 +24,6 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 RESULTS = DOCS / "results"
 
-# KV heads, head dimension, layers: as in the models' published config.json.
-MODELS = {
-    "Qwen2.5-0.5B": (2, 64, 24),
-    "SmolLM2-135M (the bundled reader)": (3, 64, 30),
-    "Llama-3.2-3B": (8, 128, 28),
-    "Qwen2.5-7B": (4, 128, 28),
-    "Mistral-7B-v0.3": (8, 128, 32),
-    "Llama-3.1-8B": (8, 128, 32),
-    "Qwen3-8B": (8, 128, 36),
-    "Llama-3.1-70B": (8, 128, 80),
-}
-
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; the first column is text, the others stand to the right unless they hold sentences."""
@@ -75,13 +63,15 @@ def configuration() -> str:
 
 def capacity() -> str:
     """KV bytes per token and chunk of models whose shape is known."""
+    from kvblend_rag.commands.capacity import MODELS
+
     rows = []
-    for name, (heads, dim, layers) in sorted(MODELS.items(), key=lambda item: item[1][0] * item[1][1] * item[1][2]):
-        token = 2 * layers * heads * dim * 2
+    for name, shape in sorted(MODELS.items(), key=lambda item: item[1].bytes_per_token()):
+        token = shape.bytes_per_token()
         rows.append(
             [
                 name,
-                f"{layers} × 2 × {heads} × {dim}",
+                f"{shape.layers} × 2 × {shape.kv_heads} × {shape.head_dim}",
                 f"{token / 1024:g} KiB",
                 f"{256 * token / 2**20:g} MiB",
                 f"{10**6 * token / 2**30:,.1f} GiB",
@@ -90,6 +80,19 @@ def capacity() -> str:
         )
     head = ["model", "layers × K and V × KV heads × head dim", "a token", "a chunk of 256", "a million tokens"]
     return table([*head, "such chunks in 50 GiB"], rows)
+
+
+def capacity_tiers() -> str:
+    """What `kvblend plan-capacity` says by tier for every model, with its own round figures."""
+    from kvblend_rag.commands.capacity import MODELS, TERAFLOPS, TIERS, Plan
+
+    rows = []
+    for name, shape in sorted(MODELS.items(), key=lambda item: item[1].bytes_per_token()):
+        plan = Plan(shape, shape.prefill_rate(TERAFLOPS))
+        tiers = [plan.tier(tier) for tier in TIERS.values()]
+        costs = (f"{tier['dollars_a_million']:,.2f}" for tier in tiers)
+        rows.append([name, f"{plan.prefill_rate:,.0f}", f"{plan.break_even():,.2f}", *costs])
+    return table(["model", "prefill, tokens/s", "break-even, GB/s", *(f"{name}, $" for name in TIERS)], rows)
 
 
 def _loaded() -> list[tuple[str, dict[str, Any]]]:

@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _bench(verbs)
     _store(verbs)
     _torture(verbs)
+    _plan_capacity(verbs)
     _config(verbs)
     return parser
 
@@ -200,6 +201,21 @@ def _torture(verbs: Any) -> None:
     parser.add_argument("--rounds", type=int, default=100, help="how often writers are killed (default 100)")
     parser.add_argument("--writers", type=int, default=2, help="processes that write at once (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of what they do and when they die")
+    _json(parser)
+
+
+def _plan_capacity(verbs: Any) -> None:
+    help = "What KV takes, what keeping it costs a tier, and from which bandwidth on it pays."
+    parser = _verb(verbs, "plan-capacity", help, ("plan_capacity", "run"))
+    parser.add_argument("--model", default="Llama-3.1-8B", metavar="NAME|DIR", help="of the table, or a folder")
+    parser.add_argument("--tokens", type=float, default=1e6, help="of all documents (default a million)")
+    parser.add_argument("--bytes-per-value", type=float, default=2.0, help="2: bfloat16 (default); 4: float32")
+    parser.add_argument("--prefill-rate", type=float, help="tokens/s; estimated from --teraflops when not given")
+    parser.add_argument("--teraflops", type=float, default=400.0, help="done in a prefill (default 400: an H100)")
+    parser.add_argument("--ratio", type=float, default=0.15, help="share of reused tokens recomputed (default 0.15)")
+    parser.add_argument("--machine-hour", type=float, default=3.0, help="dollars an hour of what prefills (default 3)")
+    parser.add_argument("--price", nargs="+", default=[], metavar="TIER=DOLLARS", help="a GB and month")
+    parser.add_argument("--bandwidth", nargs="+", default=[], metavar="TIER=GB/S", help="into the device's memory")
     _json(parser)
 
 

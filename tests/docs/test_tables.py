@@ -76,6 +76,30 @@ def test_capacity_of_known_models(generate: Any) -> None:
         assert f"| {kib} KiB |" in rows[model]
 
 
+def test_costs_are_the_commands(generate: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from kvblend_rag.cli import main
+
+    assert main(["plan-capacity", "--model", "Qwen3-8B", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    rows = {line.split(" | ")[0].strip("| "): line for line in generate.capacity_tiers().splitlines()}
+    cells = [f"{tier['dollars_a_million']:,.2f}" for tier in said["tiers"].values()]
+    head = [f"{said['prefill_tokens_per_second']:,.0f}", f"{said['break_even_gb_per_second']:,.2f}"]
+    assert rows["Qwen3-8B"] == f"| Qwen3-8B | {' | '.join(head + cells)} |"
+
+
+def test_what_an_h100_did_is_as_the_results_say() -> None:
+    from kvblend_rag.commands.capacity import MODELS
+
+    done = []
+    for name in ("Llama-3.1-8B", "Llama-3.2-3B", "Qwen2.5-7B"):
+        text = (ROOT / "docs" / "results" / f"gpu-ttft-{name.lower()}.json").read_text(encoding="utf-8")
+        for arms in json.loads(text)["results"].values():
+            rate = arms["plain"]["tokens"]["computed_tokens"] / arms["plain"]["median_ms"] * 1e3
+            done.append(rate * 2 * MODELS[name].parameters / 1e3)
+    page = (ROOT / "docs" / "capacity.md").read_text(encoding="utf-8")
+    assert f"{min(done):.0f} to {max(done):.0f}" in page
+
+
 def test_a_result_file_becomes_a_table(generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spread = {"median": 1.5, "min": 1.0, "max": 2.0}
     row = {"name": "question, 15%", "seconds": spread, "speedup": {**spread, "median": 4.25}}
