@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
-from kvblend_rag.calibration.risk import RiskModel, Signals
+from kvblend_rag.calibration.risk import RiskModel, Signals, margin
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.engine import Engine, Prompt
 from kvblend_rag.output import RequestOutput
@@ -91,7 +90,7 @@ class _Watch:
         for completion in output.outputs:
             for token, choices in zip(completion.token_ids, completion.logprobs or (), strict=False):
                 if not self.seen:
-                    self._margin = _margin(choices)
+                    self._margin = margin(choices)
                     self.seen = True
                 own = float(choices[token].logprob)
                 self._lowest = own if self._lowest is None else min(self._lowest, own)
@@ -103,13 +102,6 @@ class _Watch:
             first_margin=self._margin,
             lowest_logprob=self._lowest if finished else None,
         )
-
-
-def _margin(choices: Mapping[int, Any]) -> float:
-    """Between the two likeliest of a step; where one alone is listed, the other has at most the rest."""
-    ranked = sorted((float(each.logprob) for each in choices.values()), reverse=True)
-    second = ranked[1] if len(ranked) > 1 else math.log(max(-math.expm1(ranked[0]), 1e-9))
-    return max(ranked[0] - second, 0.0)
 
 
 def _marked(report: BlendReport, risk: float, limit: float) -> BlendReport:

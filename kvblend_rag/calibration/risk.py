@@ -7,7 +7,7 @@ that were answered both ways; without that a default stands in, whose order is m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,33 @@ class Signals:
         if self.lowest_logprob is not None:
             known["weakest"] = -math.expm1(min(self.lowest_logprob, 0.0))
         return known
+
+
+def margin(choices: Mapping[int, Any]) -> float:
+    """Log-probability of a step's likeliest token less that of the second, in nats.
+
+    Args:
+        choices: by token, what has a ``logprob``; where one alone is listed, the second has at most the rest.
+    """
+    ranked = sorted((float(each.logprob) for each in choices.values()), reverse=True)
+    second = ranked[1] if len(ranked) > 1 else math.log(max(-math.expm1(ranked[0]), 1e-9))
+    return max(ranked[0] - second, 0.0)
+
+
+def signals_of(
+    token_ids: Sequence[int], steps: Sequence[Mapping[int, Any]] | None, uncovered_mass: float | None
+) -> Signals:
+    """A finished answer's signals.
+
+    Args:
+        token_ids: of the answer.
+        steps: by generated token, what has a ``logprob`` by token; None where none were asked for.
+        uncovered_mass: from the request's report.
+    """
+    pairs = list(zip(token_ids, steps or (), strict=False))
+    lowest = min((float(choices[token].logprob) for token, choices in pairs), default=None)
+    first = margin(pairs[0][1]) if pairs else None
+    return Signals(uncovered_mass=uncovered_mass, first_margin=first, lowest_logprob=lowest)
 
 
 @dataclass(frozen=True)
@@ -101,4 +128,4 @@ DEFAULT_RISK = RiskModel(
 """Ranks requests; its numbers are no probabilities until ``kvblend calibrate`` has fitted them."""
 
 
-__all__ = ["DEFAULT_RISK", "NAMES", "Logistic", "RiskModel", "Signals"]
+__all__ = ["DEFAULT_RISK", "NAMES", "Logistic", "RiskModel", "Signals", "margin", "signals_of"]

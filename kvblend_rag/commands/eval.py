@@ -202,7 +202,7 @@ def _rows(asked: Sequence[Question], samples: Mapping[str, Sequence[Sample]]) ->
             "set": question.set,
             "kind": question.kind,
             "arms": {
-                name: {key: round(value, 5) for key, value in asdict(several[place]).items()}
+                name: {key: round(value, 5) for key, value in asdict(several[place]).items() if value == value}
                 for name, several in samples.items()
             },
         }

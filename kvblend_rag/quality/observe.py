@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from kvblend_rag.calibration.risk import Signals, signals_of
 from kvblend_rag.conversation.sampling import Sampling
 from kvblend_rag.engine import Engine
 from kvblend_rag.kvblend import KVBlend
@@ -53,6 +54,8 @@ class Observation:
     distributions: tuple[Distribution, ...]
     """Of the next token at each of the gold answer's positions."""
     report: BlendReport
+    signals: Signals = field(default_factory=Signals)
+    """Of the greedy answer."""
 
 
 Observations = dict[str, list[Observation]]
@@ -130,14 +133,15 @@ def _holder(question: Question) -> str:
 def _batch(kvblend: KVBlend, asked: Sequence[Asked], arm: Arm, bar: tqdm[Any]) -> list[Observation]:
     engine = kvblend.engine
     options = {"tenant": kvblend.config.tenant, **arm.options}
-    greedy = engine.sampling(Sampling(temperature=0.0, max_tokens=ANSWER_TOKENS))
+    greedy = engine.sampling(Sampling(temperature=0.0, max_tokens=ANSWER_TOKENS, logprobs=True, top_logprobs=2))
     answers = engine.run(_all(engine, [(each.prompt, greedy) for each in asked], options, bar))
     forced = engine.run(_all(engine, [(each.prompt, forcing(engine, each.gold)) for each in asked], options, bar))
     observations = []
     for each, answer, likely in zip(asked, answers, forced, strict=True):
         logprobs, steps = distributions(likely, each.gold)
-        text = answer.outputs[0].text.strip()
-        observations.append(Observation(text, tuple(logprobs), tuple(steps), answer.report))
+        own = answer.outputs[0]
+        signals = signals_of(own.token_ids, own.logprobs, answer.report.uncovered_mass)
+        observations.append(Observation(own.text.strip(), tuple(logprobs), tuple(steps), answer.report, signals))
     return observations
 
 

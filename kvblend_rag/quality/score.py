@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from kvblend_rag.quality.metrics import exact_match, f1, kl, normalised
@@ -31,6 +32,10 @@ class Sample:
     """Tokens run through the model only to choose, in the same unit."""
     blended: float
     """1 when stored KV was used."""
+    uncovered: float = math.nan
+    """Signals of risk, ``Signals.features``; NaN where one is not known."""
+    doubt: float = math.nan
+    weakest: float = math.nan
 
 
 def score(question: Question, observed: Observation, plain: Observation) -> Sample:
@@ -47,6 +52,7 @@ def score(question: Question, observed: Observation, plain: Observation) -> Samp
         computed=computed,
         scored=scored,
         blended=float(observed.report.blended),
+        **observed.signals.features(),
     )
 
 
