@@ -48,6 +48,7 @@ generated.mkdir(exist_ok=True)
 (generated / "configuration.md").write_text(generate.configuration(), encoding="utf-8")
 (generated / "results.md").write_text(generate.results(), encoding="utf-8")
 (generated / "capacity.md").write_text(generate.capacity(), encoding="utf-8")
+(generated / "encodings.md").write_text(generate.encodings(), encoding="utf-8")
 (generated / "capacity_tiers.md").write_text(generate.capacity_tiers(), encoding="utf-8")
 for notebook in sorted((HERE.parent / "notebooks").glob("*.ipynb")):
     shutil.copyfile(notebook, generated / notebook.name)

@@ -95,6 +95,27 @@ def capacity_tiers() -> str:
     return table(["model", "prefill, tokens/s", "break-even, GB/s", *(f"{name}, $" for name in TIERS)], rows)
 
 
+def encodings() -> str:
+    """Size and error of each encoding, as `kvblend bench encodings` measured them."""
+    result = json.loads((RESULTS / "encodings.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            f"`{name}`",
+            f"{row['bytes_per_token']:,.0f}",
+            f"{row['times_smaller']:.2f}×",
+            *(f"{row[part]['median']:.4f} ({row[part]['max']:.4f})" for part in ("keys", "values")),
+        ]
+        for name, row in result["rows"].items()
+    ]
+    settings = result["settings"]
+    head = ["`encoding`", "bytes a token", "smaller", "error of keys: median (worst chunk)", "of values"]
+    measured = (
+        f"{settings['chunks']} chunks of {settings['tokens']:,} tokens in all, {settings['dtype']}, of the bundled"
+    )
+    origin = f"reader; `{_plain(result['command'])}` on the store that `kvblend demo` leaves."
+    return f"{table(head, rows)}\n{measured} {origin}\n"
+
+
 def _loaded() -> list[tuple[str, dict[str, Any]]]:
     files = sorted(RESULTS.glob("*.json")) if RESULTS.is_dir() else []
     loaded = []

@@ -163,6 +163,13 @@ def _bench(verbs: Any) -> None:
     parser = _verb(benches, "ingest", "Ingest against vLLM's own prefill rate.", ("bench", "ingest"), engine=True)
     parser.add_argument("--repeats", type=int, default=3)
     _json(parser)
+    parser = _verb(
+        benches, "encodings", "Size and error of KV at rest; needs a store, no engine.", ("bench", "encodings")
+    )
+    parser.add_argument("--chunks", type=int, default=32, help="read at most so many (default 32)")
+    parser.add_argument("--store", metavar="DIR", help="folder of the chunk store")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    _json(parser)
     parser = _verb(benches, "match", "Finding stored chunks in a prompt; needs no engine.", ("bench", "match"))
     parser.add_argument("--chunks", type=int, default=100_000)
     parser.add_argument("--prompt-tokens", type=int, default=8192)

@@ -6,11 +6,13 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from kvblend_rag.commands import terminal
 from kvblend_rag.commands.machine import engine_facts, machine
 from kvblend_rag.commands.session import EngineOptions, started
+from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import ConfigError
 
 
@@ -69,6 +71,20 @@ def match(*, chunks: int = 100_000, prompt_tokens: int = 8192, repeats: int = 50
     return 0
 
 
+def encodings(*, chunks: int = 32, store: str | None = None, config: str | None = None, json: str | None = None) -> int:
+    """What each encoding at rest saves and costs, on chunks of a store; see ``bench_encodings``."""
+    from kvblend_rag.commands import bench_encodings
+
+    if chunks < 1:
+        raise ConfigError(f"--chunks is {chunks}, and must be 1 or more.")
+    settings = BlendConfig.load(config, **({"store_path": str(Path(store).expanduser())} if store else {}))
+    before = machine()
+    result = bench_encodings.run(settings, chunks)
+    terminal.prose(json).print(bench_encodings.table(result))
+    terminal.write_json({"command": _command(), "machine": before, **result}, json)
+    return 0
+
+
 def _measured(engine: EngineOptions, bench: Any, json: str | None, **settings: Any) -> int:
     before = machine()
     with tempfile.TemporaryDirectory(prefix="kvblend-bench-") as folder:
@@ -88,4 +104,4 @@ def _command() -> str:
     return shlex.join(["kvblend", *sys.argv[1:]])
 
 
-__all__ = ["ingest", "match", "ttft"]
+__all__ = ["encodings", "ingest", "match", "ttft"]

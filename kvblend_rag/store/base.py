@@ -63,6 +63,10 @@ class ChunkStore(ABC):
     def contains(self, key: str) -> bool:
         """Whether the tier holds the chunk, without reading it."""
 
+    def as_stored(self, chunk: StoredChunk) -> StoredChunk:
+        """The chunk as ``read`` will give it, should the tier keep less than was computed."""
+        return chunk
+
     def keeps(self, key: str) -> bool:
         """Whether the tier holds the chunk, once every removal that is under way is done."""
         return self.contains(key)

@@ -1,8 +1,8 @@
 """One chunk on disk: a safetensors file that can't be half written and can't be misread.
 
-The tensors are ``kv`` (layers, 2, tokens, kv_heads, head_dim) and ``token_ids`` (int32); the metadata
-are format, key, namespace, shard and checksum. The checksum (BLAKE3) covers every byte of the file,
-header included, with its own digits taken as zeros.
+The tensors are ``kv`` (layers, 2, tokens, kv_heads, head_dim), or what an encoding keeps in its place, and
+``token_ids`` (int32); the metadata are format, key, namespace, shard, dtype and checksum. The checksum
+(BLAKE3) covers every byte of the file, header included, with its own digits taken as zeros.
 
 Encrypted, the only tensor is ``sealed`` (uint8): such a file, sealed as a whole. Its metadata stay readable.
 """
@@ -16,7 +16,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from blake3 import blake3
 
 from kvblend_rag.errors import ChunkDamaged, ChunkMissing, StoreError
 from kvblend_rag.store.base import StoredChunk
+from kvblend_rag.store.encoding import ENCODINGS, decode, encode, round_trip
 from kvblend_rag.store.layout import Shard, StoreLayout, mark_used, store_error, sync_folder
 from kvblend_rag.store.seal import Sealed
 
@@ -32,8 +33,14 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
+_CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+_WIDTHS = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_Part: TypeAlias = tuple[str, str, list[int], memoryview]
+"""A tensor of a file: name, dtype, shape, bytes."""
 _BLANK = b"0" * 64
 _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
 _ALIGNMENT = 64
@@ -52,42 +59,52 @@ def encode_chunk(layout: StoreLayout, chunk: StoredChunk, shard: Shard) -> list[
     """
     kv = chunk.kv.detach().contiguous()
     token_ids = np.ascontiguousarray(chunk.token_ids, dtype="<i4")
-    if kv.device.type != "cpu" or kv.dtype not in _DTYPE_NAMES:
-        known = ", ".join(map(str, _DTYPE_NAMES))
+    if kv.device.type != "cpu" or kv.dtype not in _CACHE_DTYPES:
+        known = ", ".join(map(str, _CACHE_DTYPES))
         raise StoreError(f"A {kv.dtype} tensor on {kv.device} can't be stored: give one of {known} on the host.")
     if kv.ndim != 5 or kv.shape[1] != 2 or token_ids.shape != (kv.shape[2],):
         raise StoreError(
             f"KV of shape {tuple(kv.shape)} for {token_ids.size} tokens can't be stored: "
             "it must be (layers, 2, tokens, kv_heads, head_dim)."
         )
-    nbytes = kv.nbytes
-    tensors = {
-        "kv": {"dtype": _DTYPE_NAMES[kv.dtype], "shape": list(kv.shape), "data_offsets": [0, nbytes]},
-        "token_ids": {
-            "dtype": "I32",
-            "shape": list(token_ids.shape),
-            "data_offsets": [nbytes, nbytes + token_ids.nbytes],
-        },
-    }
-    data = [kv.view(-1).view(torch.uint8).numpy().data, token_ids.data.cast("B")]
-    plain = _encoded(str(layout.version), chunk, shard, tensors, data)
+    parts = [_part(name, tensor) for name, tensor in encode(kv, layout.encoding).items()]
+    parts.append(("token_ids", "I32", list(token_ids.shape), token_ids.data.cast("B")))
+    if layout.encoding != "none":
+        # so that each tensor begins where its dtype may be read, which the format doesn't pad for
+        parts.sort(key=lambda part: -_WIDTHS[part[1]])
+    format = f"{layout.version}" if layout.encoding == "none" else f"{layout.version} {layout.encoding}"
+    plain = _encoded(format, chunk, shard, parts, dtype=_DTYPE_NAMES[kv.dtype])
     if layout.seal is None:
         return plain
     sealed = layout.seal.seal(b"".join(plain), _context(chunk.key, shard))
-    tensors = {"sealed": {"dtype": "U8", "shape": [len(sealed)], "data_offsets": [0, len(sealed)]}}
     format = f"{layout.version}{_SEALED}{layout.seal.key_id.hex()}"
-    return _encoded(format, chunk, shard, tensors, [memoryview(sealed)])
+    return _encoded(format, chunk, shard, [("sealed", "U8", [len(sealed)], memoryview(sealed))])
 
 
-def _encoded(
-    format: str, chunk: StoredChunk, shard: Shard, tensors: dict[str, Any], data: list[memoryview]
-) -> list[memoryview]:
+def as_stored(layout: StoreLayout, chunk: StoredChunk) -> StoredChunk:
+    """The chunk as it will be read back, which an encoding makes another than it was computed."""
+    if layout.encoding == "none":
+        return chunk
+    return dataclasses.replace(chunk, kv=round_trip(chunk.kv, layout.encoding))
+
+
+def _part(name: str, tensor: torch.Tensor) -> _Part:
+    data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    return name, _DTYPE_NAMES[tensor.dtype], list(tensor.shape), data
+
+
+def _encoded(format: str, chunk: StoredChunk, shard: Shard, parts: list[_Part], **metadata: str) -> list[memoryview]:
+    tensors, data, offset = {}, [part[3] for part in parts], 0
+    for name, dtype, shape, view in parts:
+        tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + len(view)]}
+        offset += len(view)
     header: dict[str, Any] = {
         "__metadata__": {
             "format": format,
             "key": chunk.key,
             "namespace": chunk.namespace,
             "shard": _shard_name(shard),
+            **metadata,
             "checksum": _BLANK.decode(),
         },
         **tensors,
@@ -179,7 +196,15 @@ def _decoded(layout: StoreLayout, raw: torch.Tensor, path: Path | str, key: str,
         plain = torch.from_numpy(np.frombuffer(bytearray(opened), dtype=np.uint8))
         return decode_chunk(dataclasses.replace(layout, seal=None), plain, path, key, shard)
     token_ids = _slice(raw, header["token_ids"], start).numpy().tobytes()
-    kv = _slice(raw, header["kv"], start).view(_DTYPES[header["kv"]["dtype"]]).view(header["kv"]["shape"])
+    encoding = metadata["format"].partition(" ")[2] or "none"
+    if encoding not in ENCODINGS:
+        raise _damaged(path, f"has the encoding {encoding}, which this release does not read")
+    tensors = {
+        name: _slice(raw, entry, start).view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+        for name, entry in header.items()
+        if name not in ("__metadata__", "token_ids")
+    }
+    kv = decode(tensors, encoding, _DTYPES[metadata.get("dtype", "F32")])
     if kv.ndim != 5 or kv.shape[1] != 2 or len(token_ids) != 4 * kv.shape[2]:
         raise ValueError(f"KV of shape {tuple(kv.shape)}")
     return StoredChunk(key, str(metadata["namespace"]), np.frombuffer(token_ids, dtype="<i4"), kv)
@@ -226,7 +251,8 @@ def _verified_header(layout: StoreLayout, raw: torch.Tensor, path: Path | str) -
         raise _damaged(path, "fails its checksum")
     # from here on the header is what a writer wrote, if not necessarily this version's
     header: dict[str, Any] = json.loads(head[8:])
-    version, sealed, key_id = header["__metadata__"].get("format", "").partition(_SEALED)
+    format, sealed, key_id = header["__metadata__"].get("format", "").partition(_SEALED)
+    version = format.partition(" ")[0]
     if version != str(layout.version):
         raise _damaged(path, f"has format {version}, and this release reads {layout.version}")
     if sealed and (layout.seal is None or key_id != layout.seal.key_id.hex()):
@@ -255,4 +281,4 @@ def _damaged(path: Path | str, how: str) -> ChunkDamaged:
     return ChunkDamaged(f"{path} {how}: ingest the chunk's text again.")
 
 
-__all__ = ["decode_chunk", "encode_chunk", "read_chunk", "write_chunk"]
+__all__ = ["as_stored", "decode_chunk", "encode_chunk", "read_chunk", "write_chunk"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from kvblend_rag.errors import ChunkDamaged, ChunkMissing, StoreError, StoreFull
 from kvblend_rag.store.base import ChunkStore, StoredChunk
 from kvblend_rag.store.catalogue import Catalogue
-from kvblend_rag.store.chunk_file import encode_chunk, read_chunk, write_chunk
+from kvblend_rag.store.chunk_file import as_stored, encode_chunk, read_chunk, write_chunk
 from kvblend_rag.store.layout import Shard, StoreLayout, mark_used, store_error
 from kvblend_rag.store.usage import DiskUsage
 
@@ -79,6 +79,10 @@ class DiskStore(ChunkStore):
     def contains(self, key: str) -> bool:
         """Whether this rank's file is there."""
         return self._layout.chunk_path(key, self._shard).is_file()
+
+    def as_stored(self, chunk: StoredChunk) -> StoredChunk:
+        """The chunk as its file will give it."""
+        return as_stored(self._layout, chunk)
 
     def keeps(self, key: str) -> bool:
         """Whether this rank's file is there, and no eviction that began before will take it."""

@@ -12,10 +12,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from kvblend_rag.errors import StoreError, StoreFull
 from kvblend_rag.store.seal import Seal
+
+if TYPE_CHECKING:
+    from kvblend_rag.store.encoding import Encoding  # imports torch
 
 Shard: TypeAlias = tuple[int, int]
 """Tensor-parallel (rank, size)."""
@@ -52,6 +55,8 @@ class StoreLayout:
     root: Path
     version: int = 1
     """What chunk files and the catalogue must carry to be read."""
+    encoding: Encoding = "none"
+    """How KV is written; what is read says itself how it was."""
     seal: Seal | None = None
     """Encrypts chunk files and token ids; with it, nothing is read that it did not seal."""
 

@@ -101,13 +101,13 @@ def open_catalogue(config: BlendConfig) -> Catalogue:
 
 
 def layout_of(config: BlendConfig) -> StoreLayout:
-    """Where the store is, and the key that it is encrypted with.
+    """Where the store is, how KV is encoded, and the key that it is encrypted with.
 
     Raises:
         ConfigError: the key can't be read, or the package for it is missing.
     """
     seal = Seal.from_source(config.encryption_key) if config.encryption_key else None
-    return StoreLayout(Path(config.store_path), seal=seal)
+    return StoreLayout(Path(config.store_path), encoding=config.encoding, seal=seal)
 
 
 __all__ = ["layout_of", "open_catalogue", "open_remote", "open_store"]

@@ -24,7 +24,7 @@ import torch
 from kvblend_rag.blend.chunk import TokenIds, chunk_key
 from kvblend_rag.errors import ChunkDamaged, ChunkMissing, StoreError, StoreFull, StoreUnreachable
 from kvblend_rag.store.base import ChunkStore, StoredChunk
-from kvblend_rag.store.chunk_file import decode_chunk, encode_chunk
+from kvblend_rag.store.chunk_file import as_stored, decode_chunk, encode_chunk
 from kvblend_rag.store.layout import Shard, StoreLayout, checked_key
 
 T = TypeVar("T")
@@ -95,6 +95,10 @@ class RemoteStore(ChunkStore):
         """Whether this rank's part is there."""
         checked_key(key)
         return self._ask(lambda: self._has(key, self._shard))
+
+    def as_stored(self, chunk: StoredChunk) -> StoredChunk:
+        """The chunk as its bytes will give it."""
+        return as_stored(self._layout, chunk)
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete the parts of all ranks."""

@@ -38,7 +38,8 @@ class TieredStore(ChunkStore):
     def put(self, chunk: StoredChunk) -> None:
         """Write a chunk to the durable tier, then keep it in the caches."""
         self._durable.put(chunk)
-        self._promote(chunk, self._caches)
+        # an answer must not depend on whether a chunk was read back since it was computed
+        self._promote(self._durable.as_stored(chunk), self._caches)
 
     def read(self, key: str) -> StoredChunk:
         """A chunk from the fastest tier that holds it, which then stands in all faster ones."""
