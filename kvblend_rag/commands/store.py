@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
@@ -34,11 +34,13 @@ def stats(*, store: str | None = None, config: str | None = None, json: str | No
         documents, counts = catalogue.documents(), catalogue.stats()
     finally:
         catalogue.close()
+    remote = _remote_stats(settings)
     result = {
         "store": settings.store_path,
         **counts,
         "bound_bytes": int(settings.max_disk_gb * 2**30),
         "damaged_files": sum(1 for _ in layout.damaged.iterdir()) if layout.damaged.is_dir() else 0,
+        "remote": remote,
         "documents": [{"id": each.document_id, "tenant": each.tenant, "chunks": each.chunks} for each in documents],
     }
     console = terminal.prose(json)
@@ -47,6 +49,9 @@ def stats(*, store: str | None = None, config: str | None = None, json: str | No
         f"{counts['bytes'] / 2**20:,.1f} MiB of {settings.max_disk_gb:g} GiB, "
         f"for {counts['namespaces']} combinations of model, ingest context and tenant."
     )
+    for tier in remote:
+        held = tier["problem"] or f"{tier['bytes'] / 2**20:,.1f} MiB of {tier['bound_bytes'] / 2**30:g} GiB."
+        console.print(escape(f"{tier['place']}: {held}"))
     console.print(f"{len(documents)} documents" + (":" if documents else "."))
     for each in documents[:_LISTED]:
         tenant = f"  (tenant {each.tenant})" if each.tenant else ""
@@ -147,6 +152,23 @@ def delete(
     remove_documents(settings, documents)
     terminal.out().print(f"Forgot {len(documents)} documents and deleted {len(gone)} chunks.")
     return 0
+
+
+def _remote_stats(settings: BlendConfig) -> list[dict[str, Any]]:
+    if not settings.remote:
+        return []
+    from kvblend_rag.store import open_remote
+
+    found = []
+    with _closing(open_remote(settings)) as remote:
+        for tier in remote:
+            held, problem = None, None
+            try:
+                held = tier.nbytes()
+            except StoreUnreachable as error:
+                problem = str(error)
+            found.append({"place": tier.place, "bytes": held, "bound_bytes": tier.max_bytes, "problem": problem})
+    return found
 
 
 @contextlib.contextmanager

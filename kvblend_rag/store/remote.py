@@ -64,6 +64,16 @@ class RemoteStore(ChunkStore):
         self._user = threading.Thread(target=self._send_uses, name=f"kvblend-{self.name}-uses", daemon=True)
         self._user.start()
 
+    @property
+    def place(self) -> str:
+        """The server and what in it; no secrets."""
+        return self._place
+
+    @property
+    def max_bytes(self) -> int:
+        """Bound on the parts of all ranks together."""
+        return self._max_bytes
+
     def put(self, chunk: StoredChunk) -> None:
         """Store a chunk; others may leave for it."""
         key = checked_key(chunk.key)

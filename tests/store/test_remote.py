@@ -1,5 +1,8 @@
 """The remote tiers against real servers, good and bad."""
 
+import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -8,6 +11,8 @@ import torch
 
 from kvblend_rag.address import RemoteAddress, without_password
 from kvblend_rag.blend.chunk import namespace
+from kvblend_rag.cli import main
+from kvblend_rag.commands.torture_kill import make as make_tortured
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import ChunkDamaged, ChunkMissing, ConfigError, StoreError, StoreFull, StoreUnreachable
 from kvblend_rag.store import MemoryStore, TieredStore, open_catalogue, open_remote, open_store, upkeep
@@ -287,6 +292,55 @@ def test_addresses():
     assert without_password("redis://:pw@h:1/0?max_gb=1") == "redis://:…@h:1/0?max_gb=1"
     assert BlendConfig.load(remote="redis://h").remote == ("redis://h",)
     assert BlendConfig.load(remote=["redis://h", "s3://b"]).remote == ("redis://h", "s3://b")
+
+
+WRITER = """
+import sys
+sys.path[:0] = {path!r}
+from kvblend_rag.commands.torture_kill import make
+from kvblend_rag.config import BlendConfig
+from kvblend_rag.store.open import open_remote
+(store,) = open_remote(BlendConfig(store_path={root!r}, remote=({url!r},)))
+number = 0
+while True:
+    store.put(make(number % 20))
+    print(number % 20, flush=True)
+    number += 1
+"""
+
+
+def test_a_writer_killed_while_it_sends(kind, address, root, remote, same):
+    """Each chunk on the server is whole or not there, and the server's own count is right."""
+    code = WRITER.format(path=[path for path in sys.path if path], root=str(root), url=address(kind))
+    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    acknowledged = {int(writer.stdout.readline()) for _ in range(7)}
+    time.sleep(0.05)
+    writer.kill()
+    acknowledged |= {int(line) for line in writer.stdout.read().split("\n")[:-1]}
+    writer.wait()
+    store = remote()
+    for number in acknowledged:
+        same(store.read(make_tortured(number).key), make_tortured(number))
+    parts = store.parts()
+    assert {part.key for part in parts} >= {make_tortured(number).key for number in acknowledged}
+    assert store.nbytes() == sum(part.nbytes for part in parts)
+    for part in parts:
+        store.read(part.key)
+
+
+def test_stats_tell_of_the_tier_and_of_one_that_is_gone(kind, address, root, make, capsys, monkeypatch):
+    config = BlendConfig(store_path=str(root), remote=(address(kind, max_gb=2),))
+    store = open_store(config)
+    store.put(make(1))
+    store.close()
+    for url, said in ((config.remote[0], "0.0 MiB of 2 GiB"), (address(kind, port=1, timeout_s=1), "check")):
+        monkeypatch.setenv("KVBLEND_REMOTE", url)
+        assert main(["store", "stats", "--store", str(root), "--json", "-"]) == 0
+        (tier,) = json.loads(capsys.readouterr().out)["remote"]
+        assert (tier["bytes"], said in str(tier)) == ((FILE, False) if said.startswith("0") else (None, True))
+        assert main(["store", "stats", "--store", str(root)]) == 0
+        assert said in " ".join(capsys.readouterr().out.split())
+        assert tier["bound_bytes"] in (2 * GIB, 50 * GIB)
 
 
 def test_another_tenants_identical_text_is_in_no_tier(kind, address, root, make, ingest):
