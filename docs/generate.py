@@ -146,7 +146,7 @@ def _facts(result: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return re.sub(r"(/[\w.+-]+){2,}/", "…/", text)
+    return re.sub(r"(?<![\w.])(/[\w.+-]+){2,}/", "…/", text)
 
 
 def _ttft_rows(result: dict[str, Any]) -> str:
@@ -325,7 +325,10 @@ def _goals(result: dict[str, Any]) -> str:
 
     def goal(what: str, estimate: list[float | None] | None, form: str, reached: Callable[[float], bool]) -> None:
         if estimate is not None and None not in estimate:
-            rows.append([what, cell(estimate, form), "reached" if reached(estimate[0]) else "not reached"])
+            value, *ends = map(reached, estimate)
+            said = "reached" if value else "not reached"
+            decided = all(end == value for end in ends)
+            rows.append([what, cell(estimate, form), said if decided else f"{said} by the estimate; undecided"])
 
     real = groups.get(REAL) or groups[ALL]
     goal("ΔNLL, real questions, ≤ 0.02", real["arms"][arm]["nll_change"], "{:+.3f}", lambda value: value <= 0.02)
