@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from kvblend_rag.commands import bench_load
 from kvblend_rag.commands.shapes import write_shape
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.llm import LLM
@@ -25,6 +26,12 @@ CHUNK_TOKENS = 1024
 """Of prompt for each chunk; the question's share comes out of it, so that chunks are of about 1,000 tokens."""
 
 _QUESTION_TOKENS = 64
+
+_INGESTED = 32
+"""Chunks whose ingest is timed."""
+
+_POPULATION = 128
+"""Chunks from which prompts under load are drawn."""
 
 
 def arms(spans: Sequence[int]) -> dict[str, dict[str, Any] | None]:
@@ -43,6 +50,7 @@ def run(
     spans: Sequence[int] = (64, 16),
     repeats: int = 10,
     timelines: Path | None = None,
+    load_seconds: float = 0.0,
     **engine_args: Any,
 ) -> dict[str, Any]:
     """Measure; returns a JSON-able dictionary.
@@ -53,13 +61,14 @@ def run(
         spans: span lengths to compare.
         repeats: of each arm, in an order that is shuffled each time.
         timelines: folder for Chrome traces of one request of each kind, of the longest prompt.
+        load_seconds: of each run under load (``bench_load``), with prompts of the shortest length; 0 for none.
         engine_args: any of vLLM's engine arguments.
     """
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         model = write_shape(shape, Path(folder) / shape)
         config = BlendConfig(
-            store_path=str(Path(folder) / "store"), ingest_context="none", chunk_size=CHUNK_TOKENS, max_memory_gb=24.0
+            store_path=str(Path(folder) / "store"), ingest_context="none", chunk_size=CHUNK_TOKENS, max_memory_gb=40.0
         )
         options = {
             "load_format": "dummy",
@@ -70,28 +79,51 @@ def run(
         started = time.perf_counter()
         with LLM(model, config=config, **options) as llm:
             start_seconds = time.perf_counter() - started
-            results, rates = {}, []
+            results = {}
+            ingest_rate, prefill_rate = _ingest_rates(llm, rng)
             for length in lengths:
                 count = length // CHUNK_TOKENS
                 size = (length - _QUESTION_TOKENS) // count
                 chunks = [rng.integers(100, 100_000, size).astype(np.int32) for _ in range(count)]
-                ingested = llm.kvblend.ingest(chunks)
-                rates.append(ingested.tokens / ingested.seconds)
+                llm.kvblend.ingest(chunks)
                 results[str(length)] = _measure(llm, chunks, length, arms(spans), repeats, rng)
             if timelines is not None:
                 _trace(llm, chunks, max(lengths), arms(spans), timelines, rng)
+            load = _under_load(llm, min(lengths), load_seconds, rng) if load_seconds else None
             info = llm.kvblend.engine.info
     return {
         "shape": shape,
         "engine_start_seconds": start_seconds,
-        "ingest_tokens_per_second": max(rates),
+        "ingest_tokens_per_second": ingest_rate,
+        "prefill_tokens_per_second": prefill_rate,
         "results": results,
+        "load": load,
         "engine": info.version,
         "dtype": info.dtype,
         "machine": _machine(),
         "command": " ".join(["kvblend", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _ingest_rates(llm: LLM, rng: np.random.Generator) -> tuple[float, float]:
+    """Tokens a second: of ingest, until all is durable, and of vLLM's own prefill of as many chunks."""
+    engine = llm.kvblend.engine
+    texts = [[rng.integers(100, 100_000, CHUNK_TOKENS).astype(np.int32) for _ in range(_INGESTED)] for _ in range(3)]
+    llm.kvblend.ingest(texts[0][:8])  # warms up
+    ingested = llm.kvblend.ingest(texts[1])
+    started = time.perf_counter()
+    llm.generate(texts[2], engine.one_token(), blend={"blend": False})
+    return ingested.tokens / ingested.seconds, _INGESTED * CHUNK_TOKENS / (time.perf_counter() - started)
+
+
+def _under_load(llm: LLM, length: int, seconds: float, rng: np.random.Generator) -> dict[str, Any]:
+    count = length // CHUNK_TOKENS
+    size = (length - _QUESTION_TOKENS) // count
+    chunks = [rng.integers(100, 100_000, size).astype(np.int32) for _ in range(_POPULATION)]
+    llm.kvblend.ingest(chunks)
+    traffic = bench_load.Traffic(chunks, count, 100_000)
+    return bench_load.run(llm, traffic, {"selector": "first", "ratio": 0.1, "span": 64}, seconds)
 
 
 def _measure(

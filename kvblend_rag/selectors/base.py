@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,11 +86,23 @@ class SelectionInput:
         *,
         coverage: float = 1.0,
         full_share: float = 1.0,
-        device: torch.device | str = "cpu",
+        upload: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **evidence: torch.Tensor | None,
     ) -> SelectionInput:
-        """The input for a plan's reused tokens, a share ``ratio`` of which may be recomputed."""
-        positions, run = (torch.from_numpy(array).to(device) for array in plan.reused_positions())
+        """The input for a plan's reused tokens, a share ``ratio`` of which may be recomputed.
+
+        Args:
+            plan: the request's.
+            ratio: 0 to 1.
+            span: tokens in a span.
+            coverage: as the attribute.
+            full_share: as the attribute.
+            upload: takes positions to the device of the evidence; None leaves them on the host.
+            evidence: by name, each of shape (R,).
+        """
+        positions, run = map(torch.from_numpy, plan.reused_positions())
+        if upload is not None:
+            positions, run = upload(positions), upload(run)
         return cls(
             positions=positions,
             run=run,

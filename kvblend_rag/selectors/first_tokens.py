@@ -14,9 +14,9 @@ class FirstTokensSelector(Selector):
     name = "first"
 
     def select(self, given: SelectionInput) -> torch.Tensor:
-        """The first k tokens of each run, k as large as the budget allows, the rest to the first runs."""
+        """The first k spans of each run, k as large as the budget allows, the rest to the first runs."""
         mask = torch.zeros_like(given.positions, dtype=torch.bool)
-        mask[offsets_in_run(given.run).argsort(stable=True)[: given.budget]] = True
+        mask[(offsets_in_run(given.run) // given.span).argsort(stable=True)[: given.budget]] = True
         return mask
 
 

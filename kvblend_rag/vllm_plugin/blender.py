@@ -63,7 +63,7 @@ class Blender:
         scored, left = 0, None
         with _timed(clock, "load"):
             self._loader.fetch(job.plan, chunks)
-            turns = Turns(job.plan, self._context_tokens, self._paged.device)
+            turns = Turns(job.plan, self._context_tokens, self._paged.upload)
         if selector.needs <= {Evidence.LOADED}:
             with _timed(clock, "select"):
                 recomputed, mask, left = self._select(job, {})
@@ -161,7 +161,7 @@ class Blender:
     ) -> tuple[list[tuple[int, int]], torch.Tensor, float | None]:
         """Prompt ranges to recompute, the same as a mask over the reused tokens, and the score's uncovered share."""
         # Without evidence there is nothing on the device to look at, and nothing to wait for.
-        device = self._paged.device if evidence else "cpu"
+        upload = self._paged.upload if evidence else None
         recipe, selector = job.recipe, get_selector(job.recipe.selector)
         given = SelectionInput.from_plan(
             job.plan,
@@ -169,7 +169,7 @@ class Blender:
             recipe.span,
             coverage=recipe.coverage,
             full_share=recipe.full_share,
-            device=device,
+            upload=upload,
             **evidence,
         )
         mask = self._ranks.same(selector.select(given))

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
+import numpy as np
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
@@ -220,7 +221,7 @@ class VLLMEngine(Engine):
 def _as_vllm_prompt(prompt: Prompt) -> Any:
     if isinstance(prompt, (str, dict)):
         return prompt
-    return {"prompt_token_ids": [int(token) for token in prompt]}
+    return {"prompt_token_ids": np.asarray(prompt).tolist()}
 
 
 def _converted(output: Any, submitted: float, first: float | None, now: float) -> RequestOutput:

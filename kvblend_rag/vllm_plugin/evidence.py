@@ -46,9 +46,9 @@ def question_attention(
     taps = Taps([layer.name for layer in paged.layers], loader.wait, see={layer.name for layer in layers})
     rows = [Row(job.token_ids, job.block_ids, start, stop) for start, stop in plan.computed_ranges()]
     positions = forward.run(rows, around=taps)
-    asked = torch.from_numpy(np.flatnonzero(positions >= plan.question_range[0])).to(paged.device)
-    query_positions = torch.from_numpy(positions.astype(np.int64)).to(paged.device)[asked]
-    reused = torch.from_numpy(plan.reused_positions()[0]).to(paged.device)
+    asked = paged.upload(torch.from_numpy(np.flatnonzero(positions >= plan.question_range[0])))
+    query_positions = paged.upload(torch.from_numpy(positions.astype(np.int64)))[asked]
+    reused = paged.upload(torch.from_numpy(plan.reused_positions()[0]))
     masses = torch.zeros(2, plan.prompt_tokens, device=paged.device)
     for layer in layers:
         queries = torch.cat(taps.queries[layer.name])[asked]
@@ -125,7 +125,7 @@ def deviation(
     taps = Taps([each.name for each in paged.layers], loader.wait, see={layer.name})
     row = Row(job.token_ids, job.block_ids, job.first, job.plan.prompt_tokens - 1)
     passed = forward.run([row], around=taps)
-    reused = torch.from_numpy(job.plan.reused_positions()[0]).to(paged.device)
+    reused = paged.upload(torch.from_numpy(job.plan.reused_positions()[0]))
     computed = [each[reused] for each in paged.read(layer, job.block_ids, job.plan.prompt_tokens)]
     names = ("key_deviation", "value_deviation")
     return {

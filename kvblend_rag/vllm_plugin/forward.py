@@ -18,7 +18,8 @@ from vllm.forward_context import set_forward_context
 
 from kvblend_rag.blend.chunk import TokenIds
 from kvblend_rag.vllm_plugin import compat
-from kvblend_rag.vllm_plugin.paged_kv import BlockIds, PagedKV, to_device
+from kvblend_rag.vllm_plugin.paged_kv import BlockIds, PagedKV
+from kvblend_rag.vllm_plugin.piece_graphs import PieceGraphs
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ class ScatteredForward:
         """
         done: list[Row] = []
         for batch in self._batches(rows):
-            # Backends take a leading run of single-token rows as decodes, so these come first.
-            batch.sort(key=lambda row: row.stop - row.start > 1)
+            # Backends take a leading run of single-token rows as decodes, so these come first. Of the others the
+            # longest do: the last to start is what a GPU waits for when all else is done.
+            batch.sort(key=lambda row: (row.stop - row.start > 1, -row.stop))
             self._run_batch(batch, around or nullcontext(), position_offset)
             done.extend(batch)
         return np.concatenate(
@@ -88,20 +90,20 @@ class ScatteredForward:
             yield batch
 
     def _run_batch(self, rows: list[Row], around: AbstractContextManager[Any], position_offset: int) -> None:
-        device = self._paged.device
+        upload = self._paged.upload
         lengths = np.array([row.stop - row.start for row in rows])
         ends = np.array([row.stop for row in rows], dtype=np.int32)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         positions = torch.from_numpy(np.concatenate([np.arange(row.start, row.stop) for row in rows]))
         token_ids = np.concatenate([row.token_ids[row.start : row.stop] for row in rows])
-        slot_mapping = to_device(self._slots(rows, offsets, positions), device)
+        slot_mapping = upload(self._slots(rows, offsets, positions))
         seq_lens_cpu = torch.from_numpy(ends)
         offsets_cpu = torch.from_numpy(offsets)
-        positions = to_device(positions + position_offset, device)
+        positions = upload(positions + position_offset)
         common = {
-            "query_start_loc": to_device(offsets_cpu, device),
+            "query_start_loc": upload(offsets_cpu),
             "query_start_loc_cpu": offsets_cpu,
-            "seq_lens": to_device(seq_lens_cpu, device),
+            "seq_lens": upload(seq_lens_cpu),
             "seq_lens_cpu_upper_bound": seq_lens_cpu,
             "num_reqs": len(rows),
             "num_actual_tokens": len(token_ids),
@@ -117,21 +119,27 @@ class ScatteredForward:
             table = self._block_table(rows, builder.kv_cache_spec.block_size)
             built = builder.build(0, compat.common_metadata(block_table_tensor=table, **common))
             metadata.update(dict.fromkeys(group.layer_names, built))
+        # int32: with int64 the compiled model returns wrong values and no error.
+        ids = upload(torch.from_numpy(token_ids.astype(np.int32)))
+        graphs = PieceGraphs.of(self._runner)
+        size = graphs.size(len(rows), len(token_ids)) if graphs is not None else None
+        replayed: dict[str, Any] = {}
+        inputs: AbstractContextManager[Any] = nullcontext((ids, positions))
+        if graphs is not None and size is not None:
+            replayed, inputs = graphs.context(size), graphs.inputs(ids, positions, size)
         with (
             set_forward_context(
                 metadata,
                 self._config,
-                num_tokens=len(token_ids),
+                num_tokens=size or len(token_ids),
                 slot_mapping=dict.fromkeys(metadata, slot_mapping),
+                **replayed,
             ),
+            inputs as (input_ids, rotary_positions),
             around,
         ):
             self._runner.model(
-                # int32: with int64 the compiled model returns wrong values and no error.
-                input_ids=to_device(torch.from_numpy(token_ids.astype(np.int32)), device),
-                positions=positions,
-                intermediate_tensors=None,
-                inputs_embeds=None,
+                input_ids=input_ids, positions=rotary_positions, intermediate_tensors=None, inputs_embeds=None
             )
 
     def _slots(self, rows: list[Row], offsets: Any, positions: torch.Tensor) -> torch.Tensor:
@@ -154,7 +162,7 @@ class ScatteredForward:
             table[index, :used] = row.block_ids[:used]
         if per_block > 1:
             table = (table[:, :, None] * per_block + np.arange(per_block, dtype=np.int32)).reshape(len(rows), -1)
-        return to_device(torch.from_numpy(table), self._paged.device)
+        return self._paged.upload(torch.from_numpy(table))
 
 
 __all__ = ["Row", "ScatteredForward"]

@@ -13,7 +13,8 @@ import torch
 
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.blend.rope import Rotary, rotate, shift
-from kvblend_rag.vllm_plugin.paged_kv import AttentionLayer, PagedKV, to_device
+from kvblend_rag.vllm_plugin.paged_kv import AttentionLayer, PagedKV
+from kvblend_rag.vllm_plugin.upload import Upload
 
 Chunks = dict[str, torch.Tensor]
 """By key: a chunk's KV, (layers, 2, tokens, kv_heads, head_dim) on the host."""
@@ -27,17 +28,17 @@ class Turns:
     Args:
         plan: which chunk tokens stand where.
         context_tokens: length of the ingest context, behind which stored chunks were computed.
-        device: of the results.
+        upload: to the device of the results.
 
     Attributes:
         seconds: host time that ``rotated`` spent on rotations, so far.
     """
 
-    def __init__(self, plan: BlendPlan, context_tokens: int, device: torch.device) -> None:
+    def __init__(self, plan: BlendPlan, context_tokens: int, upload: Upload) -> None:
         runs = plan.runs
-        self._new = to_device(torch.cat([torch.arange(run.start, run.stop) for run in runs]), device)
+        self._new = upload(torch.cat([torch.arange(run.start, run.stop) for run in runs]))
         stored = torch.cat([torch.arange(run.chunk_start, run.chunk_start + run.length) for run in runs])
-        self._stored = to_device(stored + context_tokens, device)
+        self._stored = upload(stored + context_tokens)
         self._known: dict[tuple[int, bool], Turn] = {}
         self.seconds = 0.0
 

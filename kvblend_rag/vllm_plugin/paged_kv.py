@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from kvblend_rag.blend.rope import Rotary
+from kvblend_rag.vllm_plugin.upload import Upload
 
 BlockIds: TypeAlias = npt.NDArray[np.int32]
 """A request's blocks in order, (blocks,) int32, as vLLM's scheduler numbers them."""
@@ -33,13 +34,6 @@ class AttentionLayer:
     def cache(self) -> torch.Tensor:
         """(blocks, kv_heads, block_size, 2 * head_dim), strides and inner order as the backend likes."""
         return self.module.kv_cache
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on a device; on a GPU without waiting for the work ahead, as a copy of pageable memory would."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class _Half:
@@ -84,6 +78,7 @@ class PagedKV:
         cache = self.layers[0].cache
         self.heads, self._rows, self.head_dim = cache.shape[1], cache.shape[2], cache.shape[3] // 2
         self.dtype, self.device = cache.dtype, cache.device
+        self.upload = Upload(self.device)
         keys_at, values_at = self._learn_layout(self.layers[0])
         self._keys, self._values = _Half(keys_at), _Half(values_at)
         row = torch.arange(self._rows, device=self.device)[:, None] * 2 * self.head_dim
@@ -93,7 +88,7 @@ class PagedKV:
 
     def slots(self, block_ids: BlockIds, positions: torch.Tensor) -> torch.Tensor:
         """(tokens,) int64 slot of each position of a request, given its block ids."""
-        return to_device(self.host_slots(block_ids, positions), self.device)
+        return self.upload(self.host_slots(block_ids, positions))
 
     def host_slots(self, block_ids: BlockIds, positions: torch.Tensor) -> torch.Tensor:
         """``slots``, on the host."""
@@ -109,7 +104,7 @@ class PagedKV:
         per_block = self.block_size // self._rows
         blocks = torch.from_numpy(block_ids[: -(-tokens // self.block_size)])
         kernel_blocks = (blocks[:, None] * per_block + torch.arange(per_block, dtype=torch.int32)).flatten()
-        return to_device(kernel_blocks, self.device)
+        return self.upload(kernel_blocks)
 
     def read(self, layer: AttentionLayer, block_ids: BlockIds, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a request's first tokens, each (tokens, kv_heads, head_dim), out of a layer."""
@@ -155,4 +150,4 @@ class PagedKV:
         return blocks.reshape(blocks.shape[0], blocks.shape[1], -1)
 
 
-__all__ = ["AttentionLayer", "BlockIds", "PagedKV", "to_device"]
+__all__ = ["AttentionLayer", "BlockIds", "PagedKV"]

@@ -44,7 +44,7 @@ class _PrivateHasher:
 
 
 def _mixed(block_hash: bytes, digest: str) -> Any:
-    return hashlib.blake2b(block_hash, digest_size=32, key=digest.encode()).digest()
+    return hashlib.sha256(block_hash + digest.encode()).digest()
 
 
 def still_computing(request: Request, hit_blocks: int, block_size: int, others: Iterable[Request]) -> bool:

@@ -16,7 +16,7 @@ from vllm import _custom_ops as ops
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.kernels.rotate_scatter import rotate_scatter
 from kvblend_rag.vllm_plugin.loader import Chunks, Loader, Turn, Turns
-from kvblend_rag.vllm_plugin.paged_kv import PagedKV, to_device
+from kvblend_rag.vllm_plugin.paged_kv import PagedKV
 
 _SLOT_BYTES = 128 << 20
 """Staged at a time: a layer of 32,000 tokens of an 8B model."""
@@ -46,11 +46,11 @@ class _Load:
     """A request on its way: a layer after the other, and in each a batch after the other."""
 
     batches: list[_Batch]
-    keys_at: torch.Tensor
-    values_at: torch.Tensor
     pinned: list[torch.Tensor]
     first_slot: int
     """Staging slot of the first batch of the first layer; the others follow in turn."""
+    keys_at: torch.Tensor = field(init=False)
+    values_at: torch.Tensor = field(init=False)
     copied: list[torch.cuda.Event] = field(default_factory=list)
     """Recorded behind each copy that was sent off."""
     slots: torch.Tensor | None = None
@@ -82,19 +82,18 @@ class StreamLoader(Loader):
         # Chunks that didn't come from the memory tier are pageable: no asynchronous copy reads them.
         pinned = {key: kv if kv.is_pinned() else kv.pin_memory() for key, kv in chunks.items()}
         batches, keys_at, values_at = self._layout(plan, pinned)
-        device = self._paged.device
-        self._load = _Load(
-            batches, to_device(keys_at, device), to_device(values_at, device), list(pinned.values()), self._next_slot
-        )
+        load = _Load(batches, list(pinned.values()), self._next_slot)
         self._next_slot = (self._next_slot + len(batches) * len(self._paged.layers)) % _SLOTS
-        self._in_flight.append(self._load)
-        self._copy_ahead(self._load)
+        self._copy_ahead(load)
+        load.keys_at, load.values_at = self._paged.upload(keys_at), self._paged.upload(values_at)
+        self._load = load
+        self._in_flight.append(load)
 
     def place(self, slots: torch.Tensor, turns: Turns) -> None:
         """See :meth:`Loader.place`."""
         load = self._load
         assert load is not None
-        load.slots = to_device(slots, self._paged.device)
+        load.slots = self._paged.upload(slots)
         load.turns = [turns.of(layer.rotary) for layer in self._paged.layers]
         # What the tables are made of, and whoever used the blocks before, is ahead of us on this stream.
         self._scatters.wait_stream(torch.cuda.current_stream())

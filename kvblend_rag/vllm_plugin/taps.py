@@ -82,7 +82,9 @@ class Taps:
     def _sees(self, name: str) -> Callable[[torch.Tensor], None]:
         def see(query: torch.Tensor) -> None:
             if name in self.queries:
-                self.queries[name].append(query.clone())
+                # A CUDA graph's query is longer than the forward, and overwritten by the next layer's.
+                tokens = len(get_forward_context().slot_mapping[name])
+                self.queries[name].append(query[:tokens].clone())
             if name == self._last:
                 raise _Stop
 

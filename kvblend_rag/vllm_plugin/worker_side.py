@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -74,13 +75,16 @@ class WorkerSide:
     @torch.inference_mode()
     def save(self, jobs: Iterable[SaveJob]) -> None:
         """Copy chunks out of the paged cache and hand them to the writer."""
+        paged, writer = self._paged, self._writer
+        assert writer is not None
         for job in jobs:
-            assert self._writer is not None
-            layers = [
-                torch.stack(self._paged.read(layer, job.block_ids, job.stop))[:, job.start :]
-                for layer in self._paged.layers
-            ]
-            self._writer.write(StoredChunk(job.key, job.namespace, job.token_ids, torch.stack(layers).cpu()))
+            shape = (len(paged.layers), 2, job.stop - job.start, paged.heads, paged.head_dim)
+            writer.wait_for_room(math.prod(shape) * paged.dtype.itemsize)
+            kv = torch.empty(shape, dtype=paged.dtype, device=paged.device)
+            for index, layer in enumerate(paged.layers):
+                for half, tokens in zip(kv[index], paged.read(layer, job.block_ids, job.stop), strict=True):
+                    half.copy_(tokens[job.start :])
+            writer.write(StoredChunk(job.key, job.namespace, job.token_ids, kv))
 
     def take_outcomes(self) -> StepOutcome | None:
         """What was blended since the last call."""
@@ -156,6 +160,10 @@ class WorkerSide:
             if self._runner is None:
                 raise Refused("start vLLM with --worker-cls kvblend_rag.vllm_plugin.worker_cls.KVBlendWorker")
             refuse_options(self._vllm_config)
+            if self._runner.device.type == "cuda":
+                # For tables of a prompt's length, threads cost ten times what they save; vLLM's executor of several
+                # GPUs does the same.
+                torch.set_num_threads(1)
             layers = survey_layers(self._runner)
             self._paged = PagedKV(layers, int(self._vllm_config.cache_config.block_size))
             forward = ScatteredForward(self._runner, self._paged)
@@ -167,7 +175,7 @@ class WorkerSide:
                 context = ingest_context(kind, tokenizer, self._config.system_prompt)
             shard = (ranks.rank, ranks.size)
             self._store = open_store(self._config, shard, pin=self._paged.device.type == "cuda")
-            self._writer = Writer(self._store, open_catalogue(self._config), shard)
+            self._writer = Writer(self._store, open_catalogue(self._config), shard, self._paged.device)
             loader = _fastest_loader(self._paged)
             self._blender = Blender(self._paged, forward, loader, self._store, len(context), ranks)
         except (Refused, ValueError, KVBlendError) as error:

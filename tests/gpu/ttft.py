@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--timelines", type=Path, help="folder for Chrome traces")
+    parser.add_argument("--load", type=float, default=0.0, help="seconds of each run under load")
     given = parser.parse_args()
     result = bench_gpu.run(
         given.shape,
@@ -26,6 +27,7 @@ def main() -> None:
         given.spans,
         given.repeats,
         given.timelines,
+        given.load,
         enforce_eager=given.eager,
     )
     given.out.write_text(json.dumps(result, indent=1))

@@ -118,7 +118,7 @@ def test_selectors_without_a_score_say_so():
 def test_first_tokens_of_each_run():
     given_ = given_for([10, 2, 10], 9)
     ranges = mask_to_ranges(given_.positions, get_selector("first").select(given_))
-    # 2 of each, then a third where there is one, and a fourth of the first
+    # a span of 4 of each run, as far as the run and the budget go
     assert ranges == [(0, 4), (13, 15), (18, 21)]
 
 
