@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,8 +134,17 @@ def _batch(kvblend: KVBlend, asked: Sequence[Asked], arm: Arm, bar: tqdm[Any]) -
     engine = kvblend.engine
     options = {"tenant": kvblend.config.tenant, **arm.options}
     greedy = engine.sampling(Sampling(temperature=0.0, max_tokens=ANSWER_TOKENS, logprobs=True, top_logprobs=2))
-    answers = engine.run(_all(engine, [(each.prompt, greedy) for each in asked], options, bar))
-    forced = engine.run(_all(engine, [(each.prompt, forcing(engine, each.gold)) for each in asked], options, bar))
+    answers = _all(engine, [kvblend.stream(each.prompt, greedy, blend=arm.options) for each in asked], bar)
+    # What was answered by a full prefill for its answer's sake (`max_risk`) is measured as one.
+    ways = [options if answer.report.blended else {**options, "blend": False} for answer in answers]
+    forced = _all(
+        engine,
+        [
+            engine.generate(each.prompt, forcing(engine, each.gold), options=way)
+            for each, way in zip(asked, ways, strict=True)
+        ],
+        bar,
+    )
     observations = []
     for each, answer, likely in zip(asked, answers, forced, strict=True):
         logprobs, steps = distributions(likely, each.gold)
@@ -145,20 +154,22 @@ def _batch(kvblend: KVBlend, asked: Sequence[Asked], arm: Arm, bar: tqdm[Any]) -
     return observations
 
 
-async def _all(
-    engine: Engine, requests: Sequence[tuple[list[int], Any]], options: dict[str, Any], bar: tqdm[Any]
-) -> list[RequestOutput]:
-    await engine.reset_prefix_cache()
+def _all(engine: Engine, requests: Sequence[AsyncIterator[RequestOutput]], bar: tqdm[Any]) -> list[RequestOutput]:
+    """The last output of each request, all at once, from an empty prefix cache."""
 
-    async def one(prompt: list[int], sampling: Any) -> RequestOutput:
+    async def one(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
         final = None
-        async for output in engine.generate(prompt, sampling, options=options):
+        async for output in outputs:
             final = output
         bar.update()
         assert final is not None
         return final
 
-    return list(await asyncio.gather(*(one(*request) for request in requests)))
+    async def together() -> list[RequestOutput]:
+        await engine.reset_prefix_cache()
+        return list(await asyncio.gather(*map(one, requests)))
+
+    return engine.run(together())
 
 
 __all__ = ["ANSWER_TOKENS", "GOLD_TOKENS", "Asked", "Observation", "Observations", "observe", "prepare"]

@@ -36,8 +36,10 @@ def groups(questions: Sequence[Question]) -> dict[str, list[int]]:
     if needed := [place for place in made if len(set(questions[place].supporting)) > 1]:
         several[TWO_CHUNKS] = needed
     for name in ("set", "kind"):
-        for place, question in enumerate(questions):
-            several.setdefault(f"{name}: {getattr(question, name)}", []).append(place)
+        for value in sorted({getattr(question, name) for question in questions}):
+            several[f"{name}: {value}"] = [
+                place for place, question in enumerate(questions) if getattr(question, name) == value
+            ]
     seen: dict[tuple[int, ...], str] = {}
     for group, places in several.items():
         seen.setdefault(tuple(places), group)

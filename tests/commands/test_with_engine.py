@@ -11,7 +11,7 @@ TOPICS = ("harbour", "orchard", "library", "foundry", "observatory")
 SHORT = ("--max-tokens", 4)
 GROUPS = (
     *("real questions", "answers from two chunks", "set: two_chunk"),
-    *("kind: lookup", "kind: two_hops", "kind: pronoun"),
+    *("kind: lookup", "kind: pronoun", "kind: two_hops"),
 )
 
 
