@@ -200,14 +200,7 @@ def test_eval(kvblend, shared_engine, questions, tmp_path):
     assert "1 questions did not fit" in ran.stdout
     result = json.loads(files[0].read_text())
     assert result["settings"]["questions"] == len(result["samples"]) == 6
-    assert list(result["groups"]) == [
-        "all",
-        "set: asked",
-        "set: two_chunk",
-        "kind: lookup",
-        "kind: two_hops",
-        "kind: pronoun",
-    ]
+    assert list(result["groups"]) == ["all", *GROUPS]
     rows = result["groups"]["all"]["arms"]
     assert rows["everything"]["same"] == [1, 1, 1]
     assert rows["everything"]["kl"][2] < 1e-6 < rows["reuse"]["kl"][1]
