@@ -34,6 +34,9 @@ class ChunkStore(ABC):
     name: str
     """The tier's name in reports: ``memory``, ``disk``, …"""
 
+    remote = False
+    """Whether reading waits for a server rather than for this machine."""
+
     @abstractmethod
     def put(self, chunk: StoredChunk) -> None:
         """Keep a chunk; when this returns, the tier has done all it promises (the disk: fsync).

@@ -54,6 +54,8 @@ class RemoteStore(ChunkStore):
         timeout_s: the longest that any call here takes.
     """
 
+    remote = True
+
     def __init__(self, place: str, layout: StoreLayout, shard: Shard, max_bytes: int, timeout_s: float) -> None:
         self._place, self._layout, self._shard = place, layout, shard
         self._max_bytes, self._timeout_s = max_bytes, timeout_s

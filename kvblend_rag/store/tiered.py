@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from kvblend_rag.errors import ChunkDamaged, ChunkMissing, StoreError
 from kvblend_rag.store.base import ChunkStore, StoredChunk
 from kvblend_rag.store.catalogue import Catalogue
+
+_AT_ONCE = 32
+"""Chunks that are fetched from remote tiers at the same time."""
 
 
 class TieredStore(ChunkStore):
@@ -49,6 +53,21 @@ class TieredStore(ChunkStore):
         """A chunk's KV and the name of the tier it came from; raises what ``read`` raises."""
         chunk, tier = self._read(key)
         return chunk.kv, tier
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, tuple[torch.Tensor, str]]:
+        """``get_with_tier`` of several chunks, by key, in the order given.
+
+        What no tier of this machine holds is fetched at the same time: a server that is far away is waited for once,
+        and one that does not answer costs one timeout, not one a chunk.
+        """
+        keys = list(dict.fromkeys(keys))
+        near = [tier for tier in self.tiers if not tier.remote]
+        far = [key for key in keys if not any(tier.contains(key) for tier in near)]
+        fetched: dict[str, tuple[torch.Tensor, str]] = {}
+        if len(far) > 1 and len(near) < len(self.tiers):
+            with ThreadPoolExecutor(min(len(far), _AT_ONCE)) as pool:
+                fetched = dict(zip(far, pool.map(self.get_with_tier, far), strict=True))
+        return {key: fetched.get(key) or self.get_with_tier(key) for key in keys}
 
     def locate(self, key: str) -> str | None:
         """The name of the fastest tier that holds a chunk, if any."""

@@ -96,15 +96,15 @@ class Blender:
             needed: dict[str, int] = {}
             for run in job.plan.runs:
                 needed[run.key] = max(needed.get(run.key, 0), run.chunk_start + run.length)
-            for key, tokens in needed.items():
-                chunks[key], tiers[key] = self._read(key, tokens)
+            for key, (kv, tier) in self._store.get_many(needed).items():
+                self._check(key, kv, needed[key])
+                chunks[key], tiers[key] = kv, tier
         except KVBlendError as error:
             return {}, {}, str(error)
         return chunks, tiers, None
 
-    def _read(self, key: str, tokens: int) -> tuple[torch.Tensor, str]:
-        """A chunk's KV, of at least so many tokens, and the tier it came from."""
-        kv, tier = self._store.get_with_tier(key)
+    def _check(self, key: str, kv: torch.Tensor, tokens: int) -> None:
+        """Refuse KV that isn't this model's, or of fewer tokens than are wanted."""
         layers, paged = len(self._paged.layers), self._paged
         found = tuple(kv.shape)
         shape = (layers, 2, max(tokens, *found[2:3]), paged.heads, paged.head_dim)
@@ -113,7 +113,6 @@ class Blender:
                 f"The chunk {key} holds {kv.dtype} of shape {found}, and this model needs {paged.dtype} "
                 f"of shape {shape}; it was not used."
             )
-        return kv, tier
 
     def _place(
         self, job: BlendJob, turns: Turns, clock: dict[str, float], left_out: torch.Tensor | None = None

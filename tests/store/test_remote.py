@@ -229,6 +229,31 @@ def test_behind_the_disk(kind, address, root, make, same, ingest, monkeypatch):
     catalogue.close()
 
 
+def test_many_chunks_of_a_slow_server_cost_one_wait(remote, make, tmp_path, monkeypatch):
+    far = remote(timeout_s=20)
+    chunks = [make(number) for number in range(12)]
+    for chunk in chunks:
+        far.put(chunk)
+    together, fetch = threading.Barrier(11), far._fetch
+
+    def slow(key, shard):
+        together.wait(15)  # nobody is answered until all have asked
+        return fetch(key, shard)
+
+    monkeypatch.setattr(far, "_fetch", slow)
+    store = TieredStore([MemoryStore(GIB), far])
+    store.tiers[0].put(chunks[0])
+    found = store.get_many(chunk.key for chunk in chunks)
+    assert list(found) == [chunk.key for chunk in chunks]
+    assert [tier for _, tier in found.values()] == ["memory"] + [far.name] * 11
+    assert all(torch.equal(found[chunk.key][0], chunk.kv) for chunk in chunks)
+    monkeypatch.setattr(far, "_fetch", fetch)
+    store.tiers[0].close()
+    far.delete([chunks[3].key])
+    with pytest.raises(ChunkMissing):
+        store.get_many(chunk.key for chunk in chunks)
+
+
 def test_what_a_dead_server_may_hold_keeps_its_row(remote, root, make, ingest):
     far = remote(port=1, timeout_s=1)
     catalogue = open_catalogue(BlendConfig(store_path=str(root)))
