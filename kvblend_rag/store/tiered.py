@@ -134,8 +134,9 @@ class TieredStore(ChunkStore):
             try:
                 chunk = tier.read(key)
             except StoreError as error:
-                # damage in one tier outranks absence from the next, and a tier that can't be asked outranks both
-                if problem is None or _weight(error) > _weight(problem):
+                # damage in one tier outranks absence from the next, and a tier that can't be asked outranks both;
+                # of absences the last one counts, whose sentence says what to do
+                if problem is None or isinstance(problem, ChunkMissing) or _weight(error) > _weight(problem):
                     problem = error
                 continue
             self._promote(chunk, self._caches[:depth])

@@ -101,6 +101,11 @@ def test_damage_and_absence_are_told_apart(root, tiers, make):
     assert store.prefetch([make(1).key]) == 0
 
 
+def test_of_absences_the_durable_tiers_is_told(tiers, make):
+    with pytest.raises(ChunkMissing, match="ingest its text again"):
+        TieredStore(tiers).get(make(1).key)
+
+
 def test_a_middle_tier_that_is_damaged_falls_back_to_the_slowest(tmp_path, make):
     middle, slow = DiskStore(tmp_path / "a"), DiskStore(tmp_path / "b")
     store = TieredStore([MemoryStore(0), middle, slow])
