@@ -1,0 +1,45 @@
+"""What a worker reads of the store for one request, without an engine."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from kvblend_rag.commands.torture_kill import make
+from kvblend_rag.store import DiskStore, MemoryStore, TieredStore
+from kvblend_rag.vllm_plugin.blender import Blender
+
+
+@pytest.fixture
+def blender(tmp_path):
+    """A blender with nothing but a store of chunks 1 and 2, and the shape that its cache has."""
+    store = TieredStore([MemoryStore(1 << 30), DiskStore(tmp_path)])
+    for number in (1, 2):
+        store.put(make(number))
+    blender = Blender.__new__(Blender)
+    blender._store = store
+    blender._paged = SimpleNamespace(layers=[0, 1], heads=2, head_dim=4, dtype=torch.float32)
+    return blender
+
+
+def job(*runs):
+    named = [SimpleNamespace(key=make(number).key, chunk_start=start, length=length) for number, start, length in runs]
+    return SimpleNamespace(plan=SimpleNamespace(runs=named))
+
+
+def test_each_chunk_is_read_once_with_its_tier(blender):
+    chunks, tiers, failure = blender._read_all(job((1, 0, 20), (2, 5, 59), (1, 10, 54)))
+    assert failure is None
+    assert tiers == {make(number).key: "memory" for number in (1, 2)}
+    assert all(torch.equal(chunks[make(number).key], make(number).kv) for number in (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("runs", "says"), [([(1, 0, 65)], "this model needs"), ([(1, 0, 5), (3, 0, 5)], "ingest its text again")]
+)
+def test_what_can_not_be_used_is_a_reason(blender, runs, says):
+    chunks, tiers, failure = blender._read_all(job(*runs))
+    assert (chunks, tiers) == ({}, {})
+    assert says in failure
