@@ -207,7 +207,7 @@ def test_eval(kvblend, shared_engine, questions, tmp_path):
     assert rows["reuse"]["recomputed"][0] == 0
     assert rows["first:0.2"]["blended"][0] == 1
     assert rows["question:0.2"]["kl_share"][0] == pytest.approx(
-        rows["question:0.2"]["kl"][0] / rows["first:0.2"]["kl"][0], rel=1e-3
+        rows["question:0.2"]["kl"][0] / rows["first:0.2"]["kl"][0], abs=0.02
     )
     means = [sum(each["arms"]["reuse"]["kl"] for each in result["samples"]) / 6, rows["reuse"]["kl"][0]]
     assert means[0] == pytest.approx(means[1], abs=1e-5)
