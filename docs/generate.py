@@ -189,6 +189,46 @@ def _gpu_rows(result: dict[str, Any]) -> str:
     return table(["prompt", "", *groups, "TTFT, ms: median (min to max)", "plain / this"], rows)
 
 
+def _gpu_more(result: dict[str, Any]) -> str:
+    """Ingest and, where it was measured, what happens under load."""
+    parts = []
+    if "prefill_tokens_per_second" in result:
+        ingest, prefill = result["ingest_tokens_per_second"], result["prefill_tokens_per_second"]
+        parts.append(
+            f"Ingest until all is durable: {ingest:,.0f} tokens a second, {ingest / prefill:.2f} of vLLM's own prefill "
+            f"of as many chunks ({prefill:,.0f}).\n"
+        )
+    load = result.get("load")
+    if load:
+        settings = load["settings"]
+        parts.append(
+            f"Under load: {settings['chunks_per_prompt']} of {settings['chunks']} chunks a prompt by Zipf's law, "
+            f"{settings['prompt_tokens']:,} tokens, Poisson arrivals for {settings['seconds']:g} s a row. Blended "
+            f"requests keep plain ones' 95th percentile at {load['rate_at_plain_p95']:g} times the rate.\n"
+        )
+        parts.append(
+            table(
+                ["", "arrivals a second", "TTFT, ms: p50", "p95", "p99"],
+                [
+                    [row["arm"], f"{row['rate']:.1f}", *(f"{value:,.0f}" for value in row["ttft_ms"].values())]
+                    for row in load["rows"]
+                ],
+            )
+        )
+        parts.append("Milliseconds between the tokens of 16 running answers while such prompts arrive:\n")
+        columns = ("mean", "p50", "p95", "p99", "max")
+        parts.append(
+            table(
+                ["arriving", *columns],
+                [
+                    [name, *(f"{found[column]:.1f}" for column in columns)]
+                    for name, found in load["inter_token_ms"].items()
+                ],
+            )
+        )
+    return "\n".join(parts)
+
+
 _GPU_ARMS = ("plain", "question 10 %, spans of 64", "first 10 %, spans of 64", "reuse only", "prefix hit")
 
 
@@ -237,6 +277,7 @@ def results() -> str:
         elif is_gpu(result):
             parts.append("Random weights in the model's shape: speed only.\n")
             parts.append(_gpu_rows(result))
+            parts.append(_gpu_more(result))
         else:
             skipped = ("machine", "engine", "command")
             rest = _flat({key: value for key, value in result.items() if key not in skipped})
