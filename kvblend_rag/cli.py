@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _ask(verbs)
     _demo(verbs)
     _verify(verbs)
+    _calibrate(verbs)
     _eval(verbs)
     _bench(verbs)
     _store(verbs)
@@ -145,6 +146,29 @@ def _eval(verbs: Any) -> None:
     parser.add_argument("--minutes", type=float, metavar="N", help="ask for about N minutes; the rest is left out")
     parser.add_argument("--markdown", dest="markdown_file", metavar="FILE", help="also write the tables as Markdown")
     parser.add_argument("--plot", dest="plot_file", metavar="FILE", help="also draw quality against cost")
+    _json(parser)
+
+
+def _calibrate(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "calibrate",
+        "Measure how well a model blends, and write a verdict that engines heed.",
+        ("calibrate", "run"),
+        engine=True,
+    )
+    # The same as --model; without a default, or it would overwrite that.
+    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="as --model")
+    parser.add_argument("--docs", metavar="DIR", help="texts that questions are made from; Fennick's when not given")
+    parser.add_argument("--questions", metavar="FILE", help="questions with documents, in place of made ones")
+    parser.add_argument("--count", type=int, default=24, metavar="N", help="how many are asked (default 24)")
+    parser.add_argument(
+        "--contexts", nargs="+", default=["document", "long"], metavar="KIND", help="ingest contexts to measure"
+    )
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="ways of blending, as question:0.2")
+    parser.add_argument(
+        "--max-loss", type=float, default=0.05, metavar="NATS", help="loss a gold token that is accepted (default 0.05)"
+    )
     _json(parser)
 
 

@@ -275,6 +275,7 @@ class _Rigs:
             return self._started[1]
         self.close()
         from kvblend_rag import LLM, BlendConfig
+        from kvblend_rag.quality.forcing import engine_arguments
 
         dtype = settings.pop("dtype", "float32")
         config = {"store_path": str(self._folder / "stores" / str(hash(known))), **settings}
@@ -288,6 +289,7 @@ class _Rigs:
             max_num_seqs=8,
             num_gpu_blocks_override=blocks,
             kv_cache_memory_bytes=1 << 28,
+            **engine_arguments(),
         )
         rig = Rig(llm, family)
         self._started = (known, rig)

@@ -1,5 +1,4 @@
-"""What is known of how well one model blends, and how it came to be known.
+"""What is known of how well one model blends: ``risk`` of one request, ``verdict`` on one model, beside the store.
 
-Reading order: ``risk`` (one request), ``verdict`` (one model, beside the store), ``measurement`` and ``judge``
-(from figures to a verdict).
+How it comes to be known is in ``kvblend_rag.quality``: ``measure``, ``measurement``, ``judge``, ``fit``.
 """

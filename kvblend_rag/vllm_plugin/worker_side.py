@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import KVBlendError
 from kvblend_rag.store import StoredChunk, TieredStore, open_catalogue, open_store
 from kvblend_rag.vllm_plugin import compat
+from kvblend_rag.vllm_plugin.audit import Audit
 from kvblend_rag.vllm_plugin.blender import Blender
 from kvblend_rag.vllm_plugin.forward import ScatteredForward
 from kvblend_rag.vllm_plugin.identity import fingerprint
@@ -46,6 +47,7 @@ class WorkerSide:
         self._accounts: OrderedDict[str, dict[str, float | None]] = OrderedDict()
         self._paged: PagedKV
         self._blender: Blender
+        self._audit: Audit | None = None
         self._store: TieredStore | None = None
         self._writer: Writer | None = None
         self._trace: torch.profiler.profile | None = None
@@ -126,6 +128,15 @@ class WorkerSide:
         name = re.compile(rf"(\d+_)?{re.escape(request_id)}(-[0-9a-f]+)?")
         return next((self._accounts[each] for each in reversed(self._accounts) if name.fullmatch(each)), None)
 
+    def audit(self, key: str, token_ids: Sequence[int]) -> dict[str, Any]:
+        """How far a stored chunk is from what the model computes; see ``Audit.chunk``. For an idle engine alone."""
+        if self._audit is None:
+            return {"fault": "this model can't be blended"}
+        try:
+            return self._audit.chunk(key, token_ids)
+        except KVBlendError as error:
+            return {"fault": str(error)}
+
     def start_trace(self) -> None:
         """Record what this worker does, for a timeline."""
         self._trace = torch.profiler.profile()
@@ -178,6 +189,8 @@ class WorkerSide:
             self._writer = Writer(self._store, open_catalogue(self._config), shard, self._paged.device)
             loader = _fastest_loader(self._paged)
             self._blender = Blender(self._paged, forward, loader, self._store, len(context), ranks)
+            longest = int(self._vllm_config.model_config.max_model_len)
+            self._audit = Audit(self._paged, forward, loader, self._store, context, longest)
         except (Refused, ValueError, KVBlendError) as error:
             refusal = str(error).rstrip(".")
             logger.warning("kvblend does not blend: %s.", refusal)

@@ -102,13 +102,13 @@ def llm(config: BlendConfig, rigs: Any) -> Iterator[Any]:
 @pytest.fixture
 def shared_engine(llm: Any, config: BlendConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Verbs run on the shared engine instead of starting one of their own."""
-    from kvblend_rag.commands import ask, bench, demo, eval, ingest, session, verify
+    from kvblend_rag.commands import ask, bench, calibrate, demo, eval, ingest, session, verify
 
     @contextlib.contextmanager
     def started(*_: object, **__: object) -> Iterator[Any]:
         yield llm
 
-    for module in (ask, bench, demo, eval, ingest, verify):
+    for module in (ask, bench, calibrate, demo, eval, ingest, verify):
         monkeypatch.setattr(module, "started", started)
     monkeypatch.setattr(session.EngineOptions, "resolve", lambda self, **defaults: config)
     return llm

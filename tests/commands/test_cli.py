@@ -47,11 +47,47 @@ def test_without_an_engine_it_loads_nothing_heavy(arguments):
 
 
 def test_every_verb_has_help(kvblend, capfd):
-    for verb in ("ingest", "ask", "demo", "verify", "bench ttft", "bench ingest", "bench match", "store gc", "config"):
+    for verb in (
+        "ingest",
+        "ask",
+        "demo",
+        "verify",
+        "calibrate",
+        "bench ttft",
+        "bench ingest",
+        "bench match",
+        "store gc",
+        "config",
+    ):
         with pytest.raises(SystemExit) as end:
             kvblend(*verb.split(), "--help")
         assert end.value.code == 0
         assert "usage: kvblend" in capfd.readouterr().out
+
+
+def test_a_model_may_stand_behind_calibrate_or_be_an_option():
+    from kvblend_rag.cli import _parser
+
+    for arguments in (["calibrate", "m"], ["calibrate", "--model", "m"], ["calibrate", "--count", "3", "m"]):
+        assert _parser().parse_args(arguments).model == "m"
+    assert _parser().parse_args(["calibrate"]).model is None
+
+
+def test_what_can_not_be_calibrated(kvblend, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    few = tmp_path / "few"
+    few.mkdir()
+    (few / "one.md").write_text("# One\n\nOne document alone, of one sentence, from which no questions can be made.")
+    for arguments, why in (
+        (["--count", "0"], "--count is 0"),
+        (["--contexts", "novel"], "must be one of none, bos"),
+        (["--docs", str(few)], "there are 1"),
+        (["--questions", str(tmp_path / "none.jsonl")], "none.jsonl"),
+    ):
+        ran = kvblend("calibrate", tmp_path, "--store", tmp_path / "store", *arguments)
+        assert ran.returncode == 2
+        assert why in ran.stderr
+        assert one_sentence(ran.stderr)
 
 
 def test_config_prints_what_is_in_effect(kvblend, tmp_path, monkeypatch):

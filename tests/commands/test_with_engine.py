@@ -240,6 +240,27 @@ def test_eval_of_what_can_not_be_asked(kvblend, shared_engine, questions, tmp_pa
     assert "fewer --chunks" in ran.stderr
 
 
+def test_calibrate(kvblend, shared_engine, tmp_path):
+    file, store = tmp_path / "calibrate.json", tmp_path / "store"
+    ran = kvblend(
+        *("calibrate", "--store", store, "--count", 3, "--contexts", "document", "--json", file),
+        *("--arms", "reuse", "question:0.2", "question:0.5:coverage=0.5"),
+    )
+    assert "3 questions" in ran.stdout
+    result = json.loads(file.read_text())
+    found = result["contexts"]["document"]
+    cells = found["measurement"]["cells"]
+    assert [each["settings"]["selector"] for each in cells] == ["none", "question", "question"]
+    assert max(found["measurement"]["exact_kl"]) < 1e-5 < min(found["measurement"]["blind_kl"])
+    assert found["measurement"]["deviation"]["error"] < 1e-3
+    (verdict,) = store.glob("verdicts/*/document-*.json")
+    assert json.loads(verdict.read_text()) == found["verdict"]
+    assert verdict.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    accepted = found["verdict"]["status"] == "accepted"
+    assert ran.returncode == (0 if accepted else 1)
+    assert ("Accepted: " if accepted else "Refused: ") in ran.stdout
+
+
 def test_bench_ttft(kvblend, shared_engine, tmp_path):
     file = tmp_path / "ttft.json"
     ran = kvblend("bench", "ttft", "--prompt-tokens", 600, "--repeats", 2, "--json", file)

@@ -1,0 +1,168 @@
+"""Judge: from a measurement to a verdict.
+
+Three questions, in this order. Is the stored KV the model's own, at the place where it is loaded? Does
+everything recomputed give a full prefill's answer? Which is the smallest budget that keeps enough of it?
+The first two hold to the noise of the model alone, so a sound model passes them whatever its quality; the
+third is the user's choice (``Limits``).
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvblend_rag.calibration.risk import DEFAULT_RISK, RiskModel
+from kvblend_rag.calibration.verdict import Verdict
+from kvblend_rag.quality import bootstrap
+from kvblend_rag.quality.measurement import Cell, Measurement
+
+_NOISE_FACTOR = 4.0
+"""Stored KV and the scattered forward may differ by this many times what the model differs from itself."""
+_LEAST_KL = {"float32": 1e-4}
+_COARSE_KL = 0.02
+"""KL floor in bfloat16 and float16: measured 0.0005 to 0.003 for two prefills of different batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What is accepted."""
+
+    deviation: float = 0.05
+    """Relative error of stored KV: 8-bit quantisation gives 0.005 (fp8: 0.03), four bits near 0.1."""
+    loss: float = 0.05
+    """Nats a token of the gold answer, mean; above 0 is worse than a full prefill."""
+    kept: float = 0.8
+    """Share of what the documents tell the model that must be kept: 1 − KL / KL without documents."""
+    share: float = 0.5
+    """Largest mean share of chunk tokens recomputed; beyond, a full prefill is not much dearer."""
+
+
+def judge(measured: Measurement, limits: Limits | None = None, risk: RiskModel = DEFAULT_RISK) -> Verdict:
+    """Whether a model may be blended, and the cheapest way that keeps enough.
+
+    Args:
+        measured: of this model behind this ingest context.
+        limits: what is accepted.
+        risk: goes into the verdict.
+    """
+    limits = limits or Limits()
+    fault = _fault(measured, limits)
+    if fault is not None:
+        return _verdict(measured, risk, "refused", fault)
+    cell = cheapest(measured, limits)
+    if cell is None:
+        return _verdict(measured, risk, "refused", _too_little(measured, limits))
+    loss, low, high = _interval(cell.loss)
+    reason = (
+        f"with {cell.share:.0%} of the chunk tokens recomputed the gold answer loses {loss:.3f} nats a token "
+        f"({low:.3f} to {high:.3f}), {np.mean(cell.same):.0%} of the answers are the full prefill's, and "
+        f"{kept(cell, measured):.0%} of what the documents tell is kept"
+    )
+    return _verdict(measured, risk, "accepted", reason, cell)
+
+
+def kept(cell: Cell, measured: Measurement) -> float:
+    """Share of the documents' effect on the next-token distributions that is kept, at most 1."""
+    return 1.0 - float(np.mean(cell.kl)) / max(float(np.mean(measured.blind_kl)), 1e-9)
+
+
+def cheapest(measured: Measurement, limits: Limits) -> Cell | None:
+    """The cell of the smallest share that passes and from which on every larger one of its selector does.
+
+    The second keeps a lucky figure at a small budget from being chosen.
+    """
+    passing = []
+    for cell in measured.cells:
+        larger = [each for each in measured.cells if _kind(each) == _kind(cell) and each.share >= cell.share]
+        if cell.share <= limits.share and all(_passes(each, measured, limits) for each in [cell, *larger]):
+            passing.append(cell)
+    return min(passing, key=lambda cell: cell.share, default=None)
+
+
+def _kind(cell: Cell) -> tuple[Any, ...]:
+    return cell.settings["selector"], cell.settings.get("coverage", 1.0) < 1, cell.settings.get("span_size")
+
+
+def _passes(cell: Cell, measured: Measurement, limits: Limits) -> bool:
+    return float(np.mean(cell.loss)) <= limits.loss and kept(cell, measured) >= limits.kept
+
+
+def _fault(measured: Measurement, limits: Limits) -> str | None:
+    deviation = measured.deviation
+    bound = max(limits.deviation, _NOISE_FACTOR * deviation.noise)
+    if not deviation.error <= bound:
+        return (
+            f"stored KV is not what the model computes: a relative error of {deviation.error:.2g} in "
+            f"{deviation.where}, where {bound:.2g} is allowed"
+        )
+    if not measured.questions:
+        return "no question fits into the model's context"
+    floor = _LEAST_KL.get(measured.identity.dtype, _COARSE_KL)
+    bound = max(floor, _NOISE_FACTOR * _mean(measured.noise_kl))
+    if not _mean(measured.exact_kl) <= bound:
+        return (
+            f"with everything recomputed the next-token distributions differ from a full prefill's by "
+            f"{_mean(measured.exact_kl):.2g} nats, where {bound:.2g} is allowed"
+        )
+    return None
+
+
+def _too_little(measured: Measurement, limits: Limits) -> str:
+    fitting = [cell for cell in measured.cells if cell.share <= limits.share]
+    if not fitting:
+        return f"no way of blending with at most {limits.share:.0%} recomputed was measured"
+    best = min(fitting, key=lambda cell: (_mean(cell.loss) > limits.loss, _mean(cell.kl)))
+    return (
+        f"blending keeps too little of its answers: at best, with {best.share:.0%} recomputed, the gold answer loses "
+        f"{_mean(best.loss):.3f} nats a token ({limits.loss:g} allowed) and {max(kept(best, measured), 0):.0%} of what "
+        f"the documents tell is kept ({limits.kept:.0%} needed)"
+    )
+
+
+def _interval(values: Sequence[float]) -> list[float]:
+    return bootstrap.mean(np.asarray(values, dtype=np.float64)).to_list()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def _verdict(measured: Measurement, risk: RiskModel, status: Any, reason: str, cell: Cell | None = None) -> Verdict:
+    identity = measured.identity
+    summary: dict[str, Any] = {
+        "questions": measured.questions,
+        "deviation": measured.deviation.error,
+        **(
+            {}
+            if not measured.questions
+            else {"exact_kl": _mean(measured.exact_kl), "blind_kl": _mean(measured.blind_kl)}
+        ),
+        "facts": dict(measured.facts),
+    }
+    if cell is not None:
+        summary |= {
+            "recomputed_share": cell.share,
+            "loss": _interval(cell.loss),
+            "kl": _interval(cell.kl),
+            "same": _interval(cell.same),
+            "kept": kept(cell, measured),
+        }
+    return Verdict(
+        status=status,
+        reason=reason,
+        model=identity.model,
+        fingerprint=identity.fingerprint,
+        context=identity.context,
+        context_digest=identity.context_digest,
+        settings={} if cell is None else dict(cell.settings),
+        risk=risk,
+        measured=summary,
+        made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+__all__ = ["Limits", "cheapest", "judge", "kept"]

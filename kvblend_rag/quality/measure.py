@@ -1,0 +1,176 @@
+"""Measure: one model behind one ingest context, on a running engine, for ``judge``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvblend_rag.blend.chunk import TokenIds, namespace
+from kvblend_rag.calibration.risk import Signals
+from kvblend_rag.config import BlendConfig
+from kvblend_rag.errors import ChunkRejected
+from kvblend_rag.kvblend import KVBlend
+from kvblend_rag.quality.arms import PLAIN, Arm, parse_arm
+from kvblend_rag.quality.measurement import Cell, Deviation, Identity, Measurement
+from kvblend_rag.quality.observe import Asked, Observation, Observations, observe
+from kvblend_rag.quality.questions import Question
+from kvblend_rag.quality.score import Sample, score
+
+BUDGETS = ("reuse", "question:0.1", "question:0.2", "question:0.35", "question:0.5")
+"""Fixed budgets that are measured."""
+
+ADAPTIVE = ("question:0.5:coverage=0.5", "question:0.5:coverage=0.75")
+"""Adaptive budgets that are measured, at most half of the chunk tokens."""
+
+_AGAIN, _EXACT = "plain again", "everything"
+_AUDITED = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """One blended answer, for the risk: what it showed, and whether it was the full prefill's."""
+
+    signals: Signals
+    differs: bool
+
+
+def measure(
+    kvblend: KVBlend,
+    asked: Sequence[Asked],
+    render: Callable[[Question], list[int]],
+    *,
+    arms: Sequence[str] = (*BUDGETS, *ADAPTIVE),
+    batch: int = 16,
+    facts: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> tuple[Measurement, list[Judged]]:
+    """Audit the store, then ask every question in full, again in full, without its documents, and in every way.
+
+    Args:
+        kvblend: on an idle engine that was started with ``forcing.engine_arguments()`` and heeds no verdict.
+        asked: the questions, as ``prepare`` makes them.
+        render: makes prompts, as for ``prepare``.
+        arms: the ways of blending, as ``arms.parse_arm`` reads them.
+        batch: questions whose documents are stored at a time.
+        facts: machine, versions, command; JSON-able.
+        progress: show a progress bar.
+
+    Raises:
+        StoreError: the documents can't be stored.
+        EngineUnavailable: the engine does not force tokens, or died.
+    """
+    ways = [parse_arm(name, kvblend.config) for name in arms]
+    documents = [document for each in asked for document in each.question.documents]
+    deviation = audit(kvblend, documents)
+    fixed = [Arm(PLAIN, {"blend": False}), Arm(_AGAIN, {"blend": False}), Arm(_EXACT, {"selector": "everything"})]
+    observed = observe(kvblend, asked, [*fixed, *ways], batch=batch, progress=progress)
+    blind = observe(kvblend, [_blind(each, render) for each in asked], fixed[:1], batch=batch, progress=progress)
+    questions = [each.question for each in asked]
+    plain = observed[PLAIN]
+
+    def kl(others: Sequence[Observation]) -> tuple[float, ...]:
+        return tuple(score(*each).kl for each in zip(questions, others, plain, strict=True))
+
+    measurement = Measurement(
+        identity=_identity(kvblend),
+        deviation=deviation,
+        noise_kl=kl(observed[_AGAIN]),
+        exact_kl=kl(observed[_EXACT]),
+        blind_kl=kl(blind[PLAIN]),
+        cells=tuple(_cell(arm, kvblend.config, questions, observed) for arm in ways),
+        facts=dict(facts or {}),
+    )
+    return measurement, _judged(ways, questions, observed)
+
+
+def audit(kvblend: KVBlend, documents: Sequence[str | TokenIds]) -> Deviation:
+    """The largest deviation of stored KV, over some chunks of the documents and all layers and ranks.
+
+    The documents are ingested and released. The engine must be idle.
+    """
+    chunks = _sample(kvblend, documents)
+    engine, holder = kvblend.engine, "quality/audit"
+    kvblend.ingest([tokens for _, tokens in chunks], document_ids=[holder] * len(chunks), progress=False)
+    try:
+        return compare(kvblend, chunks)
+    finally:
+        engine.run(engine.reset_prefix_cache())
+        kvblend.release([holder])
+
+
+def compare(kvblend: KVBlend, chunks: Sequence[tuple[str, TokenIds]]) -> Deviation:
+    """As ``audit``, of chunks that are stored already, by key and token ids."""
+    engine = kvblend.engine
+    worst, noise, where = 0.0, 0.0, "nothing"
+    for key, tokens in chunks:
+        engine.run(engine.reset_prefix_cache())
+        for rank in engine.run(engine.call("audit", key, tokens.tolist())):
+            if "fault" in rank:
+                return Deviation(error=float("inf"), noise=noise, where=rank["fault"], chunks=len(chunks))
+            noise = max(noise, *(half for layer in rank["noise"] for half in layer))
+            for number, layer in enumerate(rank["stored"]):
+                for half, error in zip(("keys", "values"), layer, strict=True):
+                    if not error <= worst:  # also what is not a number
+                        worst, where = error, f"the {half} of layer {number}, chunk {key}"
+    return Deviation(error=worst, noise=noise, where=where, chunks=len(chunks))
+
+
+def _sample(kvblend: KVBlend, documents: Sequence[str | TokenIds]) -> list[tuple[str, TokenIds]]:
+    found: dict[str, TokenIds] = {}
+    for document in documents:
+        try:
+            found |= dict(kvblend.cut(document))
+        except ChunkRejected:
+            continue
+    step = max(len(found) // _AUDITED, 1)
+    return list(found.items())[::step][:_AUDITED]
+
+
+def _blind(asked: Asked, render: Callable[[Question], list[int]]) -> Asked:
+    question = dataclasses.replace(asked.question, documents=(), supporting=())
+    return Asked(question, render(question), asked.gold)
+
+
+def _identity(kvblend: KVBlend) -> Identity:
+    info = kvblend.engine.info
+    return Identity(
+        model=Path(info.model).name,
+        fingerprint=info.fingerprint,
+        dtype=info.dtype,
+        context=kvblend.config.ingest_context,
+        context_digest=namespace(info.fingerprint, info.context),
+    )
+
+
+def _cell(arm: Arm, config: BlendConfig, questions: Sequence[Question], observed: Observations) -> Cell:
+    own = config.for_request(arm.options)
+    plain = [score(*each) for each in zip(questions, observed[PLAIN], observed[PLAIN], strict=True)]
+    samples: list[Sample] = [score(*each) for each in zip(questions, observed[arm.name], observed[PLAIN], strict=True)]
+    return Cell(
+        settings={
+            "selector": own.selector,
+            "recompute_ratio": own.recompute_ratio,
+            "coverage": own.coverage,
+            "full_prefill_share": own.full_prefill_share,
+            "span_size": own.span_size,
+        },
+        recomputed=tuple(each.recomputed for each in samples),
+        kl=tuple(each.kl for each in samples),
+        loss=tuple(each.nll - full.nll for each, full in zip(samples, plain, strict=True)),
+        same=tuple(each.same for each in samples),
+    )
+
+
+def _judged(ways: Sequence[Arm], questions: Sequence[Question], observed: Observations) -> list[Judged]:
+    """The blended answers of selectors that score: what a request shows without a score is not comparable."""
+    rows = []
+    for arm in ways:
+        for question, own, plain in zip(questions, observed[arm.name], observed[PLAIN], strict=True):
+            if own.report.blended and own.signals.uncovered_mass is not None:
+                rows.append(Judged(own.signals, not score(question, own, plain).same))
+    return rows
+
+
+__all__ = ["ADAPTIVE", "BUDGETS", "Judged", "audit", "compare", "measure"]

@@ -1,0 +1,107 @@
+"""A verdict from figures alone; the figures of real engines are in ``tests/equivalence/test_gate.py``."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from kvblend_rag.calibration.verdict import Verdict
+from kvblend_rag.config import BlendConfig
+from kvblend_rag.quality.judge import Limits, judge
+from kvblend_rag.quality.measurement import Cell, Deviation, Identity, Measurement
+
+QUESTIONS = 40
+
+
+def cell(share, loss, kl, seed=0, **settings):
+    draw = np.random.default_rng(seed)
+    around = lambda mean: tuple(mean + 0.02 * draw.standard_normal(QUESTIONS))  # noqa: E731
+    return Cell(
+        settings={"selector": "question" if share else "none", "recompute_ratio": share, "coverage": 1.0, **settings},
+        recomputed=(share,) * QUESTIONS,
+        kl=around(kl),
+        loss=around(loss),
+        same=(1.0,) * QUESTIONS,
+    )
+
+
+def measured(*, seed=0, dtype="float32", **changes):
+    """A sound model that needs a fifth: losses fall with the share."""
+    cells = tuple(
+        cell(share, loss, kl, seed + number)
+        for number, (share, loss, kl) in enumerate([(0, 0.3, 0.7), (0.1, 0.12, 0.4), (0.2, 0.03, 0.2), (0.5, 0.0, 0.1)])
+    )
+    whole = Measurement(
+        identity=Identity(model="m", fingerprint="f", dtype=dtype, context="document", context_digest="d"),
+        deviation=Deviation(error=2e-6, noise=1e-6, where="the keys of layer 0", chunks=8),
+        noise_kl=(1e-7,) * QUESTIONS,
+        exact_kl=(2e-7,) * QUESTIONS,
+        blind_kl=(3.0,) * QUESTIONS,
+        cells=cells,
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_sound_model_is_accepted_at_the_smallest_budget_that_will_do(seed):
+    verdict = judge(measured(seed=10 * seed))
+    assert verdict.accepted
+    assert verdict.settings["recompute_ratio"] == 0.2
+    assert verdict.measured["questions"] == QUESTIONS
+    assert verdict.measured["loss"][1] <= verdict.measured["loss"][0] <= verdict.measured["loss"][2]
+    assert "20% of the chunk tokens" in verdict.reason
+    assert Verdict.from_dict(verdict.to_dict()) == verdict
+    BlendConfig().replace(**verdict.settings)
+
+
+@pytest.mark.parametrize("error", [0.06, 1.0, float("nan"), float("inf")])
+def test_stored_kv_that_is_not_the_models_is_refused_whatever_the_answers(error):
+    fault = Deviation(error=error, noise=1e-6, where="the values of layer 3, chunk x", chunks=8)
+    verdict = judge(measured(deviation=fault))
+    assert not verdict.accepted
+    assert not verdict.settings
+    assert "the values of layer 3" in verdict.reason
+
+
+def test_a_noisy_dtype_is_no_fault():
+    noisy = Deviation(error=0.08, noise=0.03, where="the keys of layer 30", chunks=8)
+    assert judge(measured(dtype="bfloat16", deviation=noisy)).accepted
+
+
+def test_everything_recomputed_must_be_a_full_prefill():
+    verdict = judge(measured(exact_kl=(0.05,) * QUESTIONS))
+    assert "everything recomputed" in verdict.reason
+    assert judge(measured(dtype="bfloat16", exact_kl=(0.01,) * QUESTIONS, noise_kl=(0.003,) * QUESTIONS)).accepted
+    assert not judge(measured(exact_kl=(0.01,) * QUESTIONS)).accepted
+
+
+def test_a_model_that_loses_too_much_is_refused():
+    worse = tuple(cell(share, 0.4, 0.7) for share in (0, 0.2, 0.5))
+    verdict = judge(measured(cells=worse))
+    assert not verdict.accepted
+    assert "keeps too little" in verdict.reason
+
+
+def test_a_model_that_forgets_the_documents_is_refused_though_its_gold_answers_are_as_likely():
+    forgetful = tuple(cell(share, 0.0, 1.5) for share in (0, 0.2, 0.5))
+    assert "50% of what the documents tell" in judge(measured(cells=forgetful)).reason
+
+
+def test_a_lucky_figure_at_a_small_budget_is_not_chosen():
+    lucky = (cell(0, 0.3, 0.7), cell(0.1, 0.0, 0.3), cell(0.2, 0.12, 0.3), cell(0.35, 0.02, 0.2), cell(0.5, 0.01, 0.1))
+    assert judge(measured(cells=lucky)).settings["recompute_ratio"] == 0.35
+
+
+def test_reuse_alone_is_chosen_where_it_will_do():
+    assert judge(measured(cells=(cell(0, 0.0, 0.1), cell(0.2, 0.0, 0.05)))).settings["selector"] == "none"
+
+
+def test_too_dear_a_budget_is_not_chosen():
+    dear = (cell(0.2, 0.3, 0.7), cell(0.5, 0.02, 0.1))
+    assert judge(measured(cells=dear)).accepted
+    assert not judge(measured(cells=dear), Limits(share=0.3)).accepted
+
+
+def test_without_questions_there_is_no_acceptance():
+    nothing = measured(noise_kl=(), exact_kl=(), blind_kl=(), cells=())
+    assert "no question" in judge(nothing).reason
