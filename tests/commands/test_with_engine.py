@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -241,9 +243,9 @@ def test_eval_of_what_can_not_be_asked(kvblend, shared_engine, questions, tmp_pa
 
 
 def test_calibrate(kvblend, shared_engine, tmp_path):
-    file, store = tmp_path / "calibrate.json", tmp_path / "store"
+    file, store = tmp_path / "calibrate.json", Path(shared_engine.kvblend.config.store_path)
     ran = kvblend(
-        *("calibrate", "--store", store, "--count", 3, "--contexts", "document", "--json", file),
+        *("calibrate", "--count", 3, "--contexts", "document", "--json", file),
         *("--arms", "reuse", "question:0.2", "question:0.5:coverage=0.5"),
     )
     assert "3 questions" in ran.stdout
@@ -259,6 +261,7 @@ def test_calibrate(kvblend, shared_engine, tmp_path):
     accepted = found["verdict"]["status"] == "accepted"
     assert ran.returncode == (0 if accepted else 1)
     assert ("Accepted: " if accepted else "Refused: ") in ran.stdout
+    shutil.rmtree(store / "verdicts")
 
 
 def test_bench_ttft(kvblend, shared_engine, tmp_path):
