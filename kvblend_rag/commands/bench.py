@@ -85,6 +85,34 @@ def encodings(*, chunks: int = 32, store: str | None = None, config: str | None 
     return 0
 
 
+def gpu(
+    *,
+    shape: str = "llama-3.1-8b",
+    lengths: Sequence[int] = (8192, 32768),
+    spans: Sequence[int] = (64, 16),
+    repeats: int = 10,
+    load: float = 0.0,
+    timelines: str | None = None,
+    eager: bool = False,
+    json: str | None = None,
+) -> int:
+    """TTFT, ingest and load on a GPU, on random weights of a known model's shape; see ``bench_gpu``."""
+    import torch
+
+    from kvblend_rag.commands import bench_gpu
+    from kvblend_rag.commands.shapes import SHAPES
+
+    if shape not in SHAPES:
+        raise ConfigError(f"--shape is {shape!r}, and must be one of {', '.join(SHAPES)}.")
+    if not torch.cuda.is_available():
+        raise ConfigError("There is no CUDA GPU here: `kvblend bench ttft` measures on a CPU.")
+    folder = Path(timelines) if timelines else None
+    result = bench_gpu.run(shape, lengths, spans, repeats, folder, load, enforce_eager=eager)
+    terminal.prose(json).print(bench_gpu.table(result))
+    terminal.write_json({**result, "command": _command()}, json)
+    return 0
+
+
 def _measured(engine: EngineOptions, bench: Any, json: str | None, **settings: Any) -> int:
     before = machine()
     with tempfile.TemporaryDirectory(prefix="kvblend-bench-") as folder:
@@ -104,4 +132,4 @@ def _command() -> str:
     return shlex.join(["kvblend", *sys.argv[1:]])
 
 
-__all__ = ["encodings", "ingest", "match", "ttft"]
+__all__ = ["encodings", "gpu", "ingest", "match", "ttft"]

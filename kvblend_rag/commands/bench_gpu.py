@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from kvblend_rag.commands import bench_load
 from kvblend_rag.commands.shapes import write_shape
@@ -24,6 +25,9 @@ from kvblend_rag.llm import LLM
 
 CHUNK_TOKENS = 1024
 """Of prompt for each chunk; the question's share comes out of it, so that chunks are of about 1,000 tokens."""
+
+NOTHING = "nothing matches"
+"""The arm whose prompts hold no stored chunk: what blending costs where it can't help."""
 
 _QUESTION_TOKENS = 64
 
@@ -36,7 +40,7 @@ _POPULATION = 128
 
 def arms(spans: Sequence[int]) -> dict[str, dict[str, Any] | None]:
     """Options of each arm by name; None is a repeat of the prompt in the warm prefix cache."""
-    named: dict[str, dict[str, Any] | None] = {"plain": {"blend": False}, "prefix hit": None}
+    named: dict[str, dict[str, Any] | None] = {"plain": {"blend": False}, "prefix hit": None, NOTHING: {}}
     named["reuse only"] = {"selector": "none"}
     for span in spans:
         named[f"first 10 %, spans of {span}"] = {"selector": "first", "ratio": 0.1, "span": span}
@@ -126,6 +130,20 @@ def _under_load(llm: LLM, length: int, seconds: float, rng: np.random.Generator)
     return bench_load.run(llm, traffic, {"selector": "first", "ratio": 0.1, "span": 64}, seconds)
 
 
+def table(result: dict[str, Any]) -> Table:
+    """A row for each prompt length and arm."""
+    shown = Table(title=f"Time to first token, {result['shape']}, random weights, {result['machine']['gpu']}")
+    for column in ("prompt", "", "median ms", "min–max ms", "× plain"):
+        shown.add_column(column, justify="left" if not column else "right")
+    for length, rows in result["results"].items():
+        for name, row in rows.items():
+            spread = f"{row['min_ms']:.0f}–{row['max_ms']:.0f}"
+            shown.add_row(f"{int(length):,}", name, f"{row['median_ms']:.1f}", spread, f"{row['speedup']:.2f}")
+    ingest, prefill = result["ingest_tokens_per_second"], result["prefill_tokens_per_second"]
+    shown.caption = f"Ingest {ingest:,.0f} tokens a second, {ingest / prefill:.2f} of vLLM's own prefill."
+    return shown
+
+
 def _measure(
     llm: LLM,
     chunks: Sequence[Any],
@@ -141,7 +159,7 @@ def _measure(
     reports: dict[str, dict[str, int]] = {}
     for repeat in range(repeats + 1):
         for name in rng.permutation(list(named)):
-            prompt = _prompt(chunks, length, rng)
+            prompt = _prompt([] if name == NOTHING else chunks, length, rng)
             engine.run(engine.reset_prefix_cache())
             options = named[name]
             if options is None:
@@ -173,7 +191,7 @@ def _measure(
 
 def _prompt(chunks: Sequence[Any], length: int, rng: np.random.Generator) -> Any:
     """All chunks in a new order, and a new question."""
-    body = np.concatenate([chunks[i] for i in rng.permutation(len(chunks))])
+    body = np.concatenate([np.zeros(0, np.int32), *(chunks[i] for i in rng.permutation(len(chunks)))])
     return np.concatenate([body, rng.integers(100, 100_000, length - len(body))]).astype(np.int32)
 
 
@@ -207,4 +225,4 @@ def _machine() -> dict[str, Any]:
     }
 
 
-__all__ = ["CHUNK_TOKENS", "arms", "run"]
+__all__ = ["CHUNK_TOKENS", "NOTHING", "arms", "run", "table"]

@@ -55,6 +55,7 @@ def test_every_verb_has_help(kvblend, capfd):
         "calibrate",
         "bench ttft",
         "bench ingest",
+        "bench gpu",
         "bench match",
         "store gc",
         "config",
@@ -141,6 +142,7 @@ def test_a_configuration_file_that_is_not_there(kvblend, tmp_path):
         (["store", "delete", "--store", "{folder}/s"], "Name the documents"),
         (["bench", "match", "--chunks", "0"], "must be 1 or more"),
         (["bench", "ttft", "--ratio", "2"], "must lie between 0 and 1"),
+        (["bench", "gpu", "--shape", "gpt-2"], "must be one of llama-3.1-8b"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(kvblend, tmp_path, arguments, says):
