@@ -1,7 +1,7 @@
 """Verdict: whether a model may be blended, and how; one JSON file a model and ingest context, beside the store.
 
 ``kvblend calibrate`` writes it. The engine reads it at start: with ``accepted`` its settings are the defaults,
-with ``refused`` every request is an ordinary prefill, and without one the configured budget holds.
+with ``refused`` every request is an ordinary prefill; ``undecided`` or without one the configured budget holds.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ SETTINGS = ("selector", "recompute_ratio", "coverage", "full_prefill_share", "sp
 class Verdict:
     """What calibration found out about one model behind one ingest context."""
 
-    status: Literal["accepted", "refused"]
+    status: Literal["accepted", "refused", "undecided"]
+    """``undecided``: too few questions to tell; the engine then does as without a verdict."""
     reason: str
-    """Why it is refused, or what was found, in words a user understands."""
+    """Why it is refused or undecided, or what was found, in words a user understands."""
     model: str
     """Its name, for people."""
     fingerprint: str
@@ -41,7 +42,7 @@ class Verdict:
     context_digest: str
     """Of model and ingest context: a verdict holds for no other system prompt, tokenizer or weights."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of ``BlendConfig`` by name, those of ``SETTINGS``; empty when refused."""
+    """Settings of ``BlendConfig`` by name, those of ``SETTINGS``; empty unless accepted."""
     risk: RiskModel = DEFAULT_RISK
     measured: dict[str, Any] = field(default_factory=dict)
     """Summary of the measurement, JSON-able."""
@@ -81,7 +82,9 @@ class Verdict:
             if values["format"] != FORMAT:
                 raise ValueError(f"its format is {values['format']}, and this release reads {FORMAT}")
             verdict = cls(**{**values, "risk": RiskModel.from_dict(values["risk"])})
-            if verdict.status not in ("accepted", "refused") or not verdict.settings.keys() <= set(SETTINGS):
+            if verdict.status not in ("accepted", "refused", "undecided") or not verdict.settings.keys() <= set(
+                SETTINGS
+            ):
                 raise ValueError("it holds an unknown status or setting")
             BlendConfig().replace(ingest_context=verdict.context, **verdict.settings)
         except (KeyError, TypeError, AttributeError) as error:

@@ -64,7 +64,7 @@ def run(
         json: where to write everything that was measured.
 
     Returns:
-        0 when a way of blending is accepted, 1 when all are refused.
+        0 when a way of blending is accepted, 1 when none is.
 
     Raises:
         KVBlendError: a file, context or model that can't be used, or no engine.
@@ -93,6 +93,7 @@ def run(
         path = write_verdict(verdict, config.store_path)
         verdicts.append(verdict)
         result["engine"] = facts
+        result["seconds"] = round(time.perf_counter() - begun, 1)
         result["contexts"][kind] = {
             "verdict": verdict.to_dict(),
             "measurement": measured.to_dict(),
@@ -100,7 +101,9 @@ def run(
         }
         console.print(_table(measured, verdict))
         _tell(console, measured, verdict, path)
-    result["seconds"] = round(time.perf_counter() - begun, 1)
+        # after each engine, so that an interruption keeps what was measured
+        if json not in (None, "-"):
+            terminal.write_json(result, json)
     best = best_of(verdicts)
     if best is not None:
         console.print(
@@ -108,9 +111,12 @@ def run(
             + ", ".join(f"{name}: {value}" for name, value in best.settings.items())
             + ". Engines that start beside this store use it; documents must be ingested behind that context."
         )
+    elif any(each.status == "undecided" for each in verdicts):
+        console.print("[bold yellow]Undecided[/]: engines go on as without a verdict. Ask more questions: --count.")
     else:
         console.print("[bold red]Refused[/]: engines that start beside this store prefill every request in full.")
-    terminal.write_json(result, json)
+    if json == "-":
+        terminal.write_json(result, json)
     return 0 if best is not None else 1
 
 
@@ -149,7 +155,7 @@ def _measured(
 
 
 def _tell(console: Console, measured: Measurement, verdict: Verdict, path: Path) -> None:
-    colour = "green" if verdict.accepted else "red"
+    colour = {"accepted": "green", "undecided": "yellow", "refused": "red"}[verdict.status]
     console.print(f"[{colour}]{verdict.status}[/]: {escape(verdict.reason)}.")
     if not verdict.risk.calibrated:
         console.print("Too few answers differed, or stayed the same, to fit the risk of a request: the default stays.")

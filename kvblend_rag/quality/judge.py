@@ -34,7 +34,7 @@ class Limits:
     deviation: float = 0.05
     """Relative error of stored KV: 8-bit quantisation gives 0.005 (fp8: 0.03), four bits near 0.1."""
     loss: float = 0.05
-    """Nats a token of the gold answer, mean; above 0 is worse than a full prefill."""
+    """Nats a token of the gold answer that the whole 95 % interval must stay below; above 0 is worse than a prefill."""
     kept: float = 0.8
     """Share of what the documents tell the model that must be kept: 1 − KL / KL without documents."""
     share: float = 0.5
@@ -55,6 +55,9 @@ def judge(measured: Measurement, limits: Limits | None = None, risk: RiskModel =
         return _verdict(measured, risk, "refused", fault)
     cell = cheapest(measured, limits)
     if cell is None:
+        hopeful = [each for each in measured.cells if each.share <= limits.share and _may_pass(each, measured, limits)]
+        if hopeful:
+            return _verdict(measured, risk, "undecided", _too_few(measured, hopeful, limits))
         return _verdict(measured, risk, "refused", _too_little(measured, limits))
     loss, low, high = _interval(cell.loss)
     reason = (
@@ -88,7 +91,13 @@ def _kind(cell: Cell) -> tuple[Any, ...]:
 
 
 def _passes(cell: Cell, measured: Measurement, limits: Limits) -> bool:
-    return float(np.mean(cell.loss)) <= limits.loss and kept(cell, measured) >= limits.kept
+    """The whole interval, since the best of several noisy means is good by chance: with few questions, always one."""
+    return _interval(cell.loss)[2] <= limits.loss and kept(cell, measured) >= limits.kept
+
+
+def _may_pass(cell: Cell, measured: Measurement, limits: Limits) -> bool:
+    """Not shown to lose too much."""
+    return _interval(cell.loss)[1] <= limits.loss and kept(cell, measured) >= limits.kept
 
 
 def _fault(measured: Measurement, limits: Limits) -> str | None:
@@ -109,6 +118,16 @@ def _fault(measured: Measurement, limits: Limits) -> str | None:
             f"{_mean(measured.exact_kl):.2g} nats, where {bound:.2g} is allowed"
         )
     return None
+
+
+def _too_few(measured: Measurement, hopeful: Sequence[Cell], limits: Limits) -> str:
+    best = min(hopeful, key=lambda cell: _interval(cell.loss)[2])
+    loss, low, high = _interval(best.loss)
+    return (
+        f"{measured.questions} questions are too few to tell: at best, with {best.share:.0%} recomputed, the gold "
+        f"answer loses {loss:.3f} nats a token, by the 95 % interval {low:.3f} to {high:.3f}, and all of that must be "
+        f"at most {limits.loss:g}; ask more of them"
+    )
 
 
 def _too_little(measured: Measurement, limits: Limits) -> str:

@@ -110,7 +110,7 @@ class SchedulerSide:
 
     def _heed(self, verdict: Verdict | None) -> None:
         """Let a verdict's settings be the defaults, or blend nothing; said once."""
-        if verdict is None:
+        if verdict is None or verdict.status == "undecided":
             if self._config.enable_blending and self._config.heed_verdict:
                 logger.warning(
                     "kvblend: this model has not been calibrated; %.0f %% of the reused tokens are recomputed. "

@@ -92,6 +92,28 @@ def test_a_lucky_figure_at_a_small_budget_is_not_chosen():
     assert judge(measured(cells=lucky)).settings["recompute_ratio"] == 0.35
 
 
+def test_few_questions_decide_nothing():
+    """A mean within the limit whose interval is not: neither accepted nor refused, whichever of many looks best."""
+    wide = tuple(dataclasses.replace(cell(share, 0, 0.2), loss=(-0.9, 0.9) * 6) for share in (0, 0.2, 0.35, 0.5))
+    verdict = judge(measured(cells=wide))
+    assert verdict.status == "undecided"
+    assert not verdict.accepted
+    assert not verdict.settings
+    assert "too few to tell" in verdict.reason
+    assert Verdict.from_dict(verdict.to_dict()) == verdict
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_noise_is_rarely_taken_for_quality(seed):
+    """Models that lose 0.1 nats, measured on 12 questions as noisy as the reader's: no budget is accepted."""
+    draw = np.random.default_rng(seed)
+    lossy = tuple(
+        dataclasses.replace(cell(share, 0, 0.2), loss=tuple(0.1 + 0.3 * draw.standard_normal(12)))
+        for share in (0, 0.1, 0.2, 0.35, 0.5)
+    )
+    assert not judge(measured(cells=lossy)).accepted
+
+
 def test_reuse_alone_is_chosen_where_it_will_do():
     assert judge(measured(cells=(cell(0, 0.0, 0.1), cell(0.2, 0.0, 0.05)))).settings["selector"] == "none"
 

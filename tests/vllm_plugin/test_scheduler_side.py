@@ -276,6 +276,15 @@ def test_an_accepting_verdict_sets_the_defaults(tmp_path, make):
     side.close()
 
 
+def test_an_undecided_verdict_changes_nothing(tmp_path, make, caplog):
+    side = beside_a_verdict(tmp_path, status="undecided", settings={})
+    assert any("has not been calibrated" in each.message for each in caplog.records)
+    request = make()
+    side.arrived(request)
+    assert side.claim(request, 0) == len(PROMPT) - 1
+    side.close()
+
+
 def test_a_refusing_verdict_blends_nothing_and_still_ingests(tmp_path, make):
     side = beside_a_verdict(tmp_path, status="refused", settings={})
     request = make()
