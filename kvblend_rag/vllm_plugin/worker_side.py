@@ -77,9 +77,9 @@ class WorkerSide:
     @torch.inference_mode()
     def save(self, jobs: Iterable[SaveJob]) -> None:
         """Copy chunks out of the paged cache and hand them to the writer."""
-        paged, writer = self._paged, self._writer
-        assert writer is not None
         for job in jobs:
+            paged, writer = self._paged, self._writer
+            assert writer is not None
             shape = (len(paged.layers), 2, job.stop - job.start, paged.heads, paged.head_dim)
             writer.wait_for_room(math.prod(shape) * paged.dtype.itemsize)
             kv = torch.empty(shape, dtype=paged.dtype, device=paged.device)
