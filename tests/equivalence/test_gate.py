@@ -98,7 +98,7 @@ def foreign(tiny_model):
 def chunks_of(rig, seed):
     """Two chunks of equal length, stored, and what the store holds of them."""
     length = int(np.random.default_rng(seed).integers(60, 200))
-    chunks = [rig.tokens(length, 7000 + 10 * seed + number) for number in range(2)]
+    chunks = [rig.tokens(length, 90_000 + 10 * seed + number) for number in range(2)]
     rig.store(*chunks)
     layout = StoreLayout(rig.file(chunks[0]).parents[2])
     from kvblend_rag.store.chunk_file import read_chunk

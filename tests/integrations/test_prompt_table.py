@@ -52,6 +52,12 @@ PLAIN = PromptTemplate.from_template("{page_content}")
 TITLED = PromptTemplate.from_template("Source: {source}\nContent: {page_content}")
 
 
+@pytest.fixture(autouse=True)
+def _own_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LlamaIndex's tokenizer is global, and a code block of the docs sets it to that of an engine since closed."""
+    monkeypatch.setattr("llama_index.core.global_tokenizer", None)
+
+
 class Texts(NamedTuple):
     """The texts of the documents, and a folder to write them to."""
 
