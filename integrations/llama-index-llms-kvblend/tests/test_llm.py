@@ -193,7 +193,7 @@ def test_the_answers_form(kv_of) -> None:
 def test_logprobs(kv_of) -> None:
     response = KVBlendLLM(kv=kv_of(ANSWER)).chat(HELLO, logprobs=True, top_logprobs=1)
     assert "".join(token[0].token for token in response.logprobs) == ANSWER
-    assert response.logprobs[0][0].logprob == -0.5
+    assert response.logprobs[0][0].logprob == -0.25
 
 
 def test_reasoning(kv_of) -> None:
