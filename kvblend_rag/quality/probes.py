@@ -55,17 +55,7 @@ def probes(documents: Sequence[str], count: int, *, several: int = 6, seed: int 
             text, answer, supporting = _two_chunk(draw, texts)
         else:
             text, answer = (_cloze if kind == "cloze" else _lookup)(draw, sentences[evidence])
-        questions.append(
-            Question(
-                id=f"{SET}-{seed}-{number}",
-                set=SET,
-                kind=kind,
-                text=text,
-                answers=(answer,),
-                documents=tuple(texts),
-                supporting=supporting,
-            )
-        )
+        questions.append(Question.made(SET, f"{seed}-{number}", kind, text, answer, texts, supporting))
     return questions
 
 

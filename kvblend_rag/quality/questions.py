@@ -37,6 +37,28 @@ class Question:
     history: tuple[tuple[str, str], ...] = ()
     """Earlier turns as (role, text)."""
 
+    @classmethod
+    def made(
+        cls,
+        set: str,
+        number: str,
+        kind: str,
+        text: str,
+        answer: str,
+        documents: Sequence[str],
+        supporting: Sequence[int],
+    ) -> Question:
+        """One that was made and not read: of one answer, with a known evidence."""
+        return cls(
+            id=f"{set}-{number}",
+            set=set,
+            kind=kind,
+            text=text,
+            answers=(answer,),
+            documents=tuple(documents),
+            supporting=tuple(supporting),
+        )
+
     def with_documents(self, count: int) -> Question:
         """The question over at most ``count`` of its documents: the evidence, then the first others, in order."""
         if len(self.documents) <= count:

@@ -121,17 +121,7 @@ def two_chunk_questions(count: int, *, documents: int = 10, seed: int = 0) -> li
         kind = list(_KINDS)[number % len(_KINDS)]
         world = _World(random.Random(f"{seed}-{number}"), documents)
         text, answer, texts, supporting = _KINDS[kind](world)
-        questions.append(
-            Question(
-                id=f"{SET}-{seed}-{number}",
-                set=SET,
-                kind=kind,
-                text=text,
-                answers=(answer,),
-                documents=tuple(texts),
-                supporting=supporting,
-            )
-        )
+        questions.append(Question.made(SET, f"{seed}-{number}", kind, text, answer, texts, supporting))
     return questions
 
 

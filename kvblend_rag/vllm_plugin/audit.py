@@ -70,7 +70,7 @@ class Audit:
         """
         tokens = as_token_ids(token_ids)
         kv, _ = self._store.get_with_tier(key)
-        shape = (len(self._paged.layers), 2, len(tokens), self._paged.heads, self._paged.head_dim)
+        shape = self._paged.chunk_shape(len(tokens))
         if tuple(kv.shape) != shape:
             raise ChunkDamaged(f"The chunk {key} has the shape {tuple(kv.shape)}, and this model needs {shape}.")
         ahead, count = len(self._context), len(tokens)

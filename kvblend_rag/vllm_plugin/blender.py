@@ -105,9 +105,8 @@ class Blender:
 
     def _check(self, key: str, kv: torch.Tensor, tokens: int) -> None:
         """Refuse KV that isn't this model's, or of fewer tokens than are wanted."""
-        layers, paged = len(self._paged.layers), self._paged
-        found = tuple(kv.shape)
-        shape = (layers, 2, max(tokens, *found[2:3]), paged.heads, paged.head_dim)
+        paged, found = self._paged, tuple(kv.shape)
+        shape = paged.chunk_shape(max(tokens, *found[2:3]))
         if found != shape or kv.dtype != paged.dtype:
             raise ChunkDamaged(
                 f"The chunk {key} holds {kv.dtype} of shape {found}, and this model needs {paged.dtype} "

@@ -86,6 +86,10 @@ class PagedKV:
         self.token_rows = torch.equal(keys_at, plain) and torch.equal(values_at, plain + self.head_dim)
         """Whether a token's keys and values lie side by side in the cache's last dimension, as kernels want it."""
 
+    def chunk_shape(self, tokens: int) -> tuple[int, int, int, int, int]:
+        """Of so many tokens' KV as it is stored: (layers, 2, tokens, kv_heads, head_dim)."""
+        return len(self.layers), 2, tokens, self.heads, self.head_dim
+
     def slots(self, block_ids: BlockIds, positions: torch.Tensor) -> torch.Tensor:
         """(tokens,) int64 slot of each position of a request, given its block ids."""
         return self.upload(self.host_slots(block_ids, positions))

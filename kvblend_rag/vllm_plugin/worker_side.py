@@ -80,7 +80,7 @@ class WorkerSide:
         for job in jobs:
             paged, writer = self._paged, self._writer
             assert writer is not None
-            shape = (len(paged.layers), 2, job.stop - job.start, paged.heads, paged.head_dim)
+            shape = paged.chunk_shape(job.stop - job.start)
             writer.wait_for_room(math.prod(shape) * paged.dtype.itemsize)
             kv = torch.empty(shape, dtype=paged.dtype, device=paged.device)
             for index, layer in enumerate(paged.layers):

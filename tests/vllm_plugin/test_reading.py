@@ -10,6 +10,7 @@ pytest.importorskip("vllm")
 from kvblend_rag.commands.torture_kill import make
 from kvblend_rag.store import DiskStore, MemoryStore, TieredStore
 from kvblend_rag.vllm_plugin.blender import Blender
+from kvblend_rag.vllm_plugin.paged_kv import PagedKV
 
 
 @pytest.fixture
@@ -20,7 +21,8 @@ def blender(tmp_path):
         store.put(make(number))
     blender = Blender.__new__(Blender)
     blender._store = store
-    blender._paged = SimpleNamespace(layers=[0, 1], heads=2, head_dim=4, dtype=torch.float32)
+    blender._paged = paged = PagedKV.__new__(PagedKV)
+    paged.layers, paged.heads, paged.head_dim, paged.dtype = [0, 1], 2, 4, torch.float32
     return blender
 
 
