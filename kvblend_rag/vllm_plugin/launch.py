@@ -32,9 +32,6 @@ _GRAPH_TOKENS = 1024
 """Tokens up to which CUDA graphs are captured, vLLM's own default being 512 at most: recomputing a tenth of an 8k
 prompt fits then, and starting takes two seconds more."""
 
-# cudaHostAlloc takes 90 ms for 128 MiB; this touches the pages on several threads, and then registers them.
-_PINNED_ALLOCATOR = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
-
 
 def connector_arguments(config: BlendConfig) -> dict[str, Any]:
     """The arguments that add kvblend to any vLLM engine: ``vllm.LLM(model, **connector_arguments(config))``."""
@@ -72,8 +69,6 @@ def start(model: str, config: BlendConfig, **options: Any) -> AsyncLLM:
         raise ConfigError(f"vLLM {compat.version()} has no engine argument {unknown[0]!r}.")
     if PROCESSOR in (options.get("logits_processors") or ()):
         compat.keep_first_runner()
-    if current_platform.is_cuda():
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", _PINNED_ALLOCATOR)
     arguments = {"model": model, **_platform_defaults(options), **options, **connector_arguments(config)}
     try:
         with _main_module_hidden():
