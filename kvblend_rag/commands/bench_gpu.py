@@ -13,15 +13,17 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.table import Table
 
 from kvblend_rag.commands import bench_load
 from kvblend_rag.commands.shapes import write_shape
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.llm import LLM
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 CHUNK_TOKENS = 1024
 """Of prompt for each chunk; the question's share comes out of it, so that chunks are of about 1,000 tokens."""
@@ -132,6 +134,8 @@ def _under_load(llm: LLM, length: int, seconds: float, rng: np.random.Generator)
 
 def table(result: dict[str, Any]) -> Table:
     """A row for each prompt length and arm."""
+    from rich.table import Table  # here, since `tests/gpu/ttft.py` measures without it
+
     shown = Table(title=f"Time to first token, {result['shape']}, random weights, {result['machine']['gpu']}")
     for column in ("prompt", "", "median ms", "min–max ms", "× plain"):
         shown.add_column(column, justify="left" if not column else "right")
