@@ -142,7 +142,7 @@ class VLLMEngine(Engine):
 
     def watched(self, sampling_params: SamplingParams | None) -> tuple[SamplingParams, int | None]:
         """See :meth:`Engine.watched`."""
-        params = (sampling_params or SamplingParams.from_optional(**self._defaults)).clone()
+        params = self._own(sampling_params)
         asked = params.logprobs
         if asked is None or 0 <= asked < 2:  # −1 asks for all
             params.logprobs = 2
@@ -190,6 +190,10 @@ class VLLMEngine(Engine):
             # vLLM's engine must not be collected while the interpreter goes down: its finaliser fails then.
             del self._llm
 
+    def _own(self, sampling_params: SamplingParams | None) -> SamplingParams:
+        """A copy to be changed; of the model's defaults when nothing is given."""
+        return (sampling_params or SamplingParams.from_optional(**self._defaults)).clone()
+
     async def _generate(
         self,
         prompt: Prompt,
@@ -197,7 +201,7 @@ class VLLMEngine(Engine):
         options: dict[str, Any] | None,
         extra: dict[str, Any],
     ) -> AsyncIterator[RequestOutput]:
-        params = (sampling_params or SamplingParams.from_optional(**self._defaults)).clone()
+        params = self._own(sampling_params)
         if options:
             given = dict(params.extra_args or {})
             transfer = dict(given.get("kv_transfer_params") or {})
