@@ -1,6 +1,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -50,6 +51,8 @@ def in_a_process() -> Callable[..., subprocess.Popen[str]]:
             text=True,
             env={**os.environ, "COLUMNS": "200", **environment},
             start_new_session=True,
+            # A test run in a shell's background inherits an ignored Ctrl-C; a user's terminal does not.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     return start

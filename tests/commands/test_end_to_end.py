@@ -62,7 +62,7 @@ def test_the_demo(in_a_process, tmp_path):
 def many_documents(tmp_path):
     folder = tmp_path / "documents"
     folder.mkdir()
-    for number in range(600):
+    for number in range(150):
         lines = [
             f"Report {number}, line {line}: the gauge showed {number * line % 97} and all was well."
             for line in range(12)
@@ -97,7 +97,7 @@ def test_ctrl_c_during_ingest_loses_nothing(in_a_process, many_documents, tiny_m
 
     code, out, error = finished(in_a_process(*arguments, **settings))
     assert (code, error.strip()) == (0, "")
-    found = re.search(r"600 documents in (\d+) chunks: (\d+) computed, (\d+) already stored", out)
+    found = re.search(r"150 documents in (\d+) chunks: (\d+) computed, (\d+) already stored", out)
     assert found
     chunks, computed, present = map(int, found.groups())
     assert computed + present == chunks
