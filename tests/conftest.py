@@ -179,7 +179,7 @@ class Rig:
             ingest = {"key": self.key(chunk, tenant), "namespace": self.space(tenant), "start": len(context)}
             (answer,) = self.ask([[*context, *chunk]], count=1, tenant=tenant, ingest=ingest)
             assert answer.report.reason == "the request computes a chunk in order to store it"
-        assert self.call("flush") == [{}]
+        assert not any(self.call("flush"))
 
     def prompt(self, *lengths: int, total: int, header: int = 20, seed: int = 0) -> np.ndarray:
         """A prompt of ``total`` tokens: a header, stored chunks with a token between them, a question."""
@@ -244,12 +244,12 @@ class Rig:
     def call(self, method: str, *arguments: Any) -> list[Any]:
         return self.engine.run(self.engine.call(method, *arguments))
 
-    def file(self, chunk: np.ndarray, tenant: str = "") -> Path:
-        """The file of a stored chunk."""
+    def file(self, chunk: np.ndarray, tenant: str = "", shard: tuple[int, int] = (0, 1)) -> Path:
+        """The file of a stored chunk, or of one rank's part of it."""
         from kvblend_rag.store.layout import StoreLayout
 
         layout = StoreLayout(Path(self.llm.kvblend.config.store_path))
-        return layout.chunk_path(self.key(chunk, tenant), (0, 1))
+        return layout.chunk_path(self.key(chunk, tenant), shard)
 
 
 class _Rigs:
@@ -269,8 +269,11 @@ class _Rigs:
             shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
         return folder
 
-    def get(self, family: str, *, compiled: bool = False, blocks: int = 64, **settings: Any) -> Rig:
-        known = (family, compiled, blocks, *sorted(settings.items()))
+    def get(
+        self, family: str, *, compiled: bool = False, blocks: int = 64, ranks: int = 1, stages: int = 1, **settings: Any
+    ) -> Rig:
+        """``ranks`` share each layer (tensor parallelism), ``stages`` share the layers (pipeline parallelism)."""
+        known = (family, compiled, blocks, ranks, stages, *sorted(settings.items()))
         if self._started is not None and self._started[0] == known:
             return self._started[1]
         self.close()
@@ -289,6 +292,8 @@ class _Rigs:
             max_num_seqs=8,
             num_gpu_blocks_override=blocks,
             kv_cache_memory_bytes=1 << 28,
+            tensor_parallel_size=ranks,
+            pipeline_parallel_size=stages,
             **engine_arguments(),
         )
         rig = Rig(llm, family)

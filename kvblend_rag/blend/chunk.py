@@ -17,6 +17,7 @@ import numpy.typing as npt
 TokenIds: TypeAlias = npt.NDArray[np.int32]
 
 _DIGEST_BYTES = 16
+_RANKS = "/tp"
 
 
 def as_token_ids(tokens: Sequence[int] | npt.NDArray[np.integer]) -> TokenIds:
@@ -24,11 +25,21 @@ def as_token_ids(tokens: Sequence[int] | npt.NDArray[np.integer]) -> TokenIds:
     return np.ascontiguousarray(tokens, dtype=np.int32)
 
 
+def of_ranks(model_fingerprint: str, ranks: int) -> str:
+    """The fingerprint of an engine whose ranks share a model's heads: their parts of a chunk fit no other number."""
+    return model_fingerprint if ranks == 1 else f"{model_fingerprint}{_RANKS}{ranks}"
+
+
+def model_of(fingerprint: str) -> str:
+    """The model's own part of an engine's fingerprint, the same for any number of ranks."""
+    return fingerprint.partition(_RANKS)[0]
+
+
 def namespace(model_fingerprint: str, context: Sequence[int] | TokenIds, tenant: str = "") -> str:
     """The name shared by all chunks whose KV may stand in one another's place.
 
     Args:
-        model_fingerprint: digest of weights, dtype, rotary parameters and tokenizer, from the engine.
+        model_fingerprint: digest of weights, dtype, rotary parameters and tokenizer, and the ranks, from the engine.
         context: token ids of the ingest context.
         tenant: whose chunks these are.
     """
@@ -46,4 +57,4 @@ def chunk_key(space: str, tokens: TokenIds) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["TokenIds", "as_token_ids", "chunk_key", "namespace"]
+__all__ = ["TokenIds", "as_token_ids", "chunk_key", "model_of", "namespace", "of_ranks"]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kvblend_rag.blend.chunk import namespace
+from kvblend_rag.blend.chunk import model_of, namespace
 from kvblend_rag.calibration.risk import DEFAULT_RISK, RiskModel
 from kvblend_rag.config import BlendConfig, IngestContextKind
 from kvblend_rag.errors import ConfigError, StoreError
@@ -127,7 +127,7 @@ def read_verdicts(store_path: str | Path, fingerprint: str) -> list[Verdict]:
                 f"The verdict {path} can't be used: {str(error).rstrip('.')}. Delete it, or run `kvblend calibrate` "
                 "again."
             ) from error
-        if verdict.fingerprint == fingerprint:
+        if model_of(verdict.fingerprint) == model_of(fingerprint):
             verdicts.append(verdict)
     return verdicts
 
@@ -145,7 +145,7 @@ def find_verdict(config: BlendConfig, fingerprint: str, context: Sequence[int]) 
     """
     if not config.heed_verdict:
         return None
-    digest = namespace(fingerprint, context)
+    digest = namespace(model_of(fingerprint), context)
     found = [each for each in read_verdicts(config.store_path, fingerprint) if each.context_digest == digest]
     return found[0] if found else None
 
@@ -168,7 +168,7 @@ def best_of(verdicts: Iterable[Verdict]) -> Verdict | None:
 
 
 def _folder(store_path: str | Path, fingerprint: str) -> Path:
-    name = hashlib.blake2b(fingerprint.encode(), digest_size=16).hexdigest()
+    name = hashlib.blake2b(model_of(fingerprint).encode(), digest_size=16).hexdigest()
     return Path(store_path).expanduser() / FOLDER / name
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvblend_rag.blend.chunk import TokenIds, namespace
+from kvblend_rag.blend.chunk import TokenIds, model_of, namespace
 from kvblend_rag.calibration.risk import Signals
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import ChunkRejected
@@ -140,7 +140,7 @@ def _identity(kvblend: KVBlend) -> Identity:
         fingerprint=info.fingerprint,
         dtype=info.dtype,
         context=kvblend.config.ingest_context,
-        context_digest=namespace(info.fingerprint, info.context),
+        context_digest=namespace(model_of(info.fingerprint), info.context),
     )
 
 

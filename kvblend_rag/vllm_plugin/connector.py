@@ -47,6 +47,12 @@ class KVBlendConnector(KVConnectorBase_V1):
         """Learn from the workers what model this is."""
         self.scheduler.learn(list(metadata.values()))
 
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """The same of a pipeline, whose stages all refuse; vLLM's own version of this would not start."""
+        self.scheduler.learn(list(metadata.values()))
+
     def on_new_request(self, request: Request) -> None:
         """Match and plan."""
         self.scheduler.arrived(request)

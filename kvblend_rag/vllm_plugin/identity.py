@@ -8,18 +8,24 @@ from pathlib import Path
 from blake3 import blake3
 from vllm.config import VllmConfig
 
+from kvblend_rag.blend.chunk import of_ranks
+
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _TOKENIZER = ("tokenizer*", "vocab*", "merges*", "*.model", "*tekken*")
 
 
 def fingerprint(vllm_config: VllmConfig) -> str:
-    """Digest of weights, architecture, rotary parameters, dtypes and tokenizer.
+    """Digest of weights, architecture, rotary parameters, dtypes and tokenizer; and the ranks that share the heads.
 
     The weights are hashed as they lie on disk: once loaded, vLLM may have repacked them out of reach.
 
     Raises:
         ValueError: the weights are not files that can be found on this machine.
     """
+    return of_ranks(_digest(vllm_config), int(vllm_config.parallel_config.tensor_parallel_size))
+
+
+def _digest(vllm_config: VllmConfig) -> str:
     model, cache = vllm_config.model_config, vllm_config.cache_config
     architecture = model.hf_config.to_dict()
     # LongRoPE picks one of its two sets of frequencies by the context's length; nothing else depends on that.

@@ -19,6 +19,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvblend_rag.blend.chunk import TokenIds
 from kvblend_rag.blend.plan import BlendPlan
 
+ANOTHER_RANK = "another rank could not load its part of a chunk"
+"""Why a rank computed everything whose own part was sound."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -91,9 +94,10 @@ class StepOutcome(KVConnectorWorkerMetadata):
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Ranks agree on what they do, so one rank's account stands for all."""
+        """Ranks agree on what they do, so one rank's account stands for all; what went wrong only one may know."""
         assert isinstance(other, StepOutcome)
-        return StepOutcome({**other.outcomes, **self.outcomes})
+        known = {name: each for name, each in other.outcomes.items() if each.fallback not in (None, ANOTHER_RANK)}
+        return StepOutcome({**other.outcomes, **self.outcomes, **known})
 
 
 @dataclass(frozen=True)
@@ -107,4 +111,4 @@ class Handshake(KVConnectorHandshakeMetadata):
     ranks: int
 
 
-__all__ = ["BlendJob", "Handshake", "Outcome", "Recipe", "SaveJob", "StepOutcome", "StepPlan"]
+__all__ = ["ANOTHER_RANK", "BlendJob", "Handshake", "Outcome", "Recipe", "SaveJob", "StepOutcome", "StepPlan"]
