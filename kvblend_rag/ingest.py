@@ -156,8 +156,7 @@ class Ingester:
         by_document: dict[str, list[str]] = {}
         for piece, document_id in zip(pieces, document_ids, strict=True):
             by_document.setdefault(document_id, []).extend(piece.keys)
-        for document_id, keys in by_document.items():
-            self._catalogue.hold(document_id, keys, tenant)
+        self._catalogue.hold_all(by_document, tenant)
 
     async def _compute(self, wanted: dict[str, TokenIds], bar: tqdm[Any]) -> dict[str, str]:
         failed: dict[str, str] = {}

@@ -182,9 +182,7 @@ class KVBlend:
         kept: dict[str, list[str]] = {}
         for document_id, keys in zip(document_ids, report.keys, strict=True):
             kept.setdefault(document_id, []).extend(keys)
-        free: list[str] = []
-        for document_id, own in kept.items():
-            free.extend(self.catalogue.replace_holds(document_id, own, self.config.tenant))
+        free = self.catalogue.settle(kept, (), self.config.tenant)
         if free:
             await self.engine.call("forget", free)
         return report
@@ -219,7 +217,7 @@ class KVBlend:
         return max((len(gone) for gone in await self.engine.call("forget", free)), default=0) if free else 0
 
     def _let_go(self, document_ids: Sequence[str]) -> list[str]:
-        return [key for each in document_ids for key in self.catalogue.release(each, self.config.tenant)]
+        return self.catalogue.settle({}, document_ids, self.config.tenant)
 
     def _delete_unheld(self, keys: list[str]) -> list[str]:
         if not keys:

@@ -144,7 +144,7 @@ def delete(
         unknown = [each for each in documents if each not in known]
         if unknown:
             raise ConfigError(f"The store holds no document {unknown[0]!r}: `kvblend store stats` lists them.")
-        free = [key for each in documents for key in catalogue.release(each, settings.tenant)]
+        free = catalogue.settle({}, documents, settings.tenant)
         gone = stored.delete_unheld(free)
     finally:
         stored.close()
@@ -193,12 +193,13 @@ def _remove(root: Path) -> None:
     layout = StoreLayout(root)
     try:
         with layout.lock():
-            for path in (layout.chunks, layout.damaged, root / "index"):
+            for path in (layout.chunks, layout.damaged, root / "index", root / "ingest"):
                 if path.exists():
                     shutil.rmtree(path)
             for path in root.glob(f"{layout.catalogue.name}*"):
                 path.unlink()
             layout.journal.unlink(missing_ok=True)
+            layout.synced.unlink(missing_ok=True)
         (root / "lock").unlink(missing_ok=True)
         if not any(root.iterdir()):
             root.rmdir()

@@ -13,10 +13,10 @@ opens a tensor. Three rules keep it true:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvblend_rag.blend.chunk import TokenIds
 from kvblend_rag.store import tables
@@ -105,28 +105,46 @@ class Catalogue:
 
     def hold(self, document_id: str, keys: Iterable[str], tenant: str = "") -> None:
         """Let a document hold further chunks, stored or about to be; ``ANONYMOUS`` holds for nobody."""
+        self.hold_all({document_id: keys}, tenant)
+
+    def hold_all(self, documents: Mapping[str, Iterable[str]], tenant: str = "") -> None:
+        """``hold`` for many documents, in one transaction."""
         with self._database.writing() as sql:
-            fresh = tables.hold(sql, tenant, document_id, keys)
-            if fresh and document_id != ANONYMOUS:
-                self._journal.append(["hold", tenant, document_id, fresh])
+            fresh = [(each, tables.hold(sql, tenant, each, keys)) for each, keys in documents.items()]
+            self._journal.append(*(["hold", tenant, each, keys] for each, keys in fresh if keys and each != ANONYMOUS))
 
     def replace_holds(self, document_id: str, keys: Iterable[str], tenant: str = "") -> list[str]:
         """Let an edited document hold exactly these chunks; returns the keys nobody holds any more."""
-        with self._database.writing() as sql:
-            before = tables.let_go(sql, tenant, document_id)
-            now = tables.hold(sql, tenant, document_id, keys)
-            if set(before) != set(now) and document_id != ANONYMOUS:
-                self._journal.append(["let_go", tenant, document_id], ["hold", tenant, document_id, now])
-            return tables.without_holder(sql, before)
+        return self.settle({document_id: keys}, (), tenant)
 
     def release(self, document_id: str, tenant: str = "") -> list[str]:
         """Forget a document; returns the keys nobody holds any more (``ChunkStore.delete_unheld``)."""
+        return self.settle({}, (document_id,), tenant)
+
+    def settle(self, edited: Mapping[str, Iterable[str]], gone: Iterable[str], tenant: str = "") -> list[str]:
+        """``replace_holds`` and ``release`` for many documents, in one transaction.
+
+        Args:
+            edited: what each document holds from now on.
+            gone: documents to forget.
+            tenant: whose they are.
+        """
+        freed: list[str] = []
+        records: list[list[Any]] = []
         with self._database.writing() as sql:
-            tables.leave(sql, tenant, document_id)
-            before = tables.let_go(sql, tenant, document_id)
-            if document_id != ANONYMOUS:
-                self._journal.append(["leave", tenant, document_id], ["let_go", tenant, document_id])
-            return tables.without_holder(sql, before)
+            for document_id in gone:
+                tables.leave(sql, tenant, document_id)
+                freed += tables.let_go(sql, tenant, document_id)
+                if document_id != ANONYMOUS:
+                    records += [["leave", tenant, document_id], ["let_go", tenant, document_id]]
+            for document_id, keys in edited.items():
+                before = tables.let_go(sql, tenant, document_id)
+                now = tables.hold(sql, tenant, document_id, keys)
+                freed += before
+                if set(before) != set(now) and document_id != ANONYMOUS:
+                    records += [["let_go", tenant, document_id], ["hold", tenant, document_id, now]]
+            self._journal.append(*records)
+            return tables.without_holder(sql, list(dict.fromkeys(freed)))
 
     def join(self, groups: Iterable[tuple[str, str]], tenant: str = "") -> None:
         """Let documents be members of groups, given as (group, document), until they are released."""
@@ -174,10 +192,10 @@ class Catalogue:
                 found.setdefault(document_id, []).append(key)
         return found
 
-    def held(self, keys: Iterable[str]) -> set[str]:
-        """Those of the keys that some document holds."""
+    def held(self, keys: Iterable[str], anonymously: bool = True) -> set[str]:
+        """Those of the keys that some document holds; an anonymous one too, unless told otherwise."""
         with self._database.reading() as sql:
-            return tables.held(sql, list(keys))
+            return tables.held(sql, list(keys), anonymously)
 
     def unheld(self) -> list[str]:
         """Chunks with a row that no document holds."""

@@ -19,7 +19,7 @@ from kvblend_rag.store.usage import DiskUsage
 class DiskStore(ChunkStore):
     """One rank's view of the chunk files under ``root``.
 
-    Chunks used longest ago leave when the bound is reached, with the files of all ranks. Whatever
+    Chunks leave when the bound is reached, as the layout's ``eviction`` says, with the files of all ranks. Whatever
     leaves loses its catalogue row first; a row is never added here: that is for whoever ingests, after
     ``put`` has returned.
 
@@ -98,9 +98,9 @@ class DiskStore(ChunkStore):
         return self._delete(list(keys), unless_held=True)
 
     def touch(self, key: str) -> None:
-        """Make a chunk the most recently used."""
+        """Count a use."""
         with contextlib.suppress(OSError):  # just deleted, or a read-only store: still readable
-            mark_used(self._layout.chunk_path(key, self._shard))
+            mark_used(self._layout.chunk_path(key, self._shard), self._layout.eviction)
 
     def nbytes(self) -> int:
         """Bytes in chunk files of all ranks and processes, counted now."""
@@ -109,7 +109,7 @@ class DiskStore(ChunkStore):
             return self._usage.total
 
     def evict(self, max_bytes: int) -> list[str]:
-        """Let chunks leave, those used longest ago first, until the rest fits; returns their keys."""
+        """Let chunks leave, until the rest fits; returns their keys."""
         with self._usage_lock:
             self._usage.scan()
         return self._evict(max_bytes)
@@ -129,9 +129,9 @@ class DiskStore(ChunkStore):
         gone = []
         with self._usage_lock:
             while self._usage.total > max_bytes:
-                # under the lock: nobody renews the oldest between our look and its end
+                # under the lock: nobody renews the first between our look and its end
                 with self._layout.lock():
-                    key = self._usage.oldest()
+                    key = self._usage.first()
                     if key is None:
                         break
                     self._remove([key])

@@ -73,6 +73,8 @@ class Journal:
 
     def append(self, *records: list[Any]) -> None:
         """Add records, durable when this returns."""
+        if not records:
+            return
         try:
             _append(self._path, records)
         except OSError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from kvblend_rag.errors import StoreError, StoreFull
+from kvblend_rag.store.eviction import Eviction, after_use
 from kvblend_rag.store.seal import Seal
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class StoreLayout:
             documents.log                           what documents hold, should the catalogue be lost
             damaged/                                the latest few that failed their checksum
             lock                                    held while a file appears or disappears
+            synced                                  empty; its time is that of the latest ``sync`` with remote tiers
     """
 
     root: Path
@@ -59,6 +61,8 @@ class StoreLayout:
     """How KV is written; what is read says itself how it was."""
     seal: Seal | None = None
     """Encrypts chunk files and token ids; with it, nothing is read that it did not seal."""
+    eviction: Eviction = "lru"
+    """Which chunks leave a full disk first; their files' times of modification tell (``eviction``)."""
 
     @classmethod
     def of(cls, root: str | Path | StoreLayout) -> StoreLayout:
@@ -74,6 +78,11 @@ class StoreLayout:
     def journal(self) -> Path:
         """What documents hold, once more."""
         return self.root / "documents.log"
+
+    @property
+    def synced(self) -> Path:
+        """The file whose time is that of the latest ``sync``."""
+        return self.root / "synced"
 
     @property
     def chunks(self) -> Path:
@@ -186,10 +195,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def mark_used(file: Path | int) -> None:
-    """Make a file the most recently used; to the nanosecond, as the kernel's own clock is coarse."""
+def mark_used(file: Path | int, eviction: Eviction = "lru") -> None:
+    """Count a use of a file; to the nanosecond, as the kernel's own clock is coarse."""
     now = time.time_ns()
-    os.utime(file, ns=(now, now))
+    number = now if eviction == "lru" else after_use(eviction, os.stat(file).st_mtime_ns, now)
+    os.utime(file, ns=(now, number))
 
 
 def store_error(error: OSError, path: Path, verb: str) -> StoreError:

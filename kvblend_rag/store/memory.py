@@ -1,14 +1,15 @@
-"""MemoryStore: chunks in host memory, the most recently used ones."""
+"""MemoryStore: chunks in host memory, as many as there is room for."""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections import OrderedDict
+import time
 from collections.abc import Iterable
 
 from kvblend_rag.errors import ChunkMissing
 from kvblend_rag.store.base import ChunkStore, StoredChunk
+from kvblend_rag.store.eviction import Eviction, Queue, after_use
 from kvblend_rag.store.layout import checked_key
 
 _SLACK = 1.125
@@ -20,16 +21,20 @@ class MemoryStore(ChunkStore):
     A chunk larger than the bound is silently not kept; with ``max_bytes`` 0 none is.
 
     Args:
-        max_bytes: bound on the KV held; the least recently used chunks leave first.
+        max_bytes: bound on the KV held.
         pin: keep page-locked copies, from which a GPU loads asynchronously; needs CUDA.
+        eviction: which chunks leave first.
     """
 
     name = "memory"
 
-    def __init__(self, max_bytes: int, pin: bool = False) -> None:
+    def __init__(self, max_bytes: int, pin: bool = False, eviction: Eviction = "lru") -> None:
         self._max_bytes = max_bytes
         self._pin = pin
-        self._chunks: OrderedDict[str, StoredChunk] = OrderedDict()
+        self._eviction = eviction
+        self._chunks: dict[str, StoredChunk] = {}
+        self._order = Queue()
+        self._last = 0
         self._nbytes = 0
         self._lock = threading.Lock()
 
@@ -41,20 +46,23 @@ class MemoryStore(ChunkStore):
             return
         chunk = self._own(chunk)
         with self._lock:
+            used = self._order.number(chunk.key)
             self._drop(chunk.key)
+            # room first: with LFU what comes would be the first to leave
+            while self._nbytes + chunk.kv.nbytes > self._max_bytes and (first := self._order.first()) is not None:
+                self._drop(first)
             self._chunks[chunk.key] = chunk
+            self._order.set(chunk.key, self._now() if used is None or self._eviction == "lru" else used)
             self._nbytes += chunk.kv.nbytes
-            while self._nbytes > self._max_bytes:
-                self._drop(next(iter(self._chunks)))
 
     def read(self, key: str) -> StoredChunk:
-        """A chunk; makes it the most recently used."""
+        """A chunk; counts a use."""
         with self._lock:
-            try:
-                self._chunks.move_to_end(key)
-                return self._chunks[key]
-            except KeyError:
-                raise ChunkMissing(f"Chunk {key} is not in memory: read it from a slower tier.") from None
+            number = self._order.number(key)
+            if number is None:
+                raise ChunkMissing(f"Chunk {key} is not in memory: read it from a slower tier.")
+            self._order.set(key, after_use(self._eviction, number, self._now()))
+            return self._chunks[key]
 
     def contains(self, key: str) -> bool:
         """Whether the chunk is in memory."""
@@ -76,6 +84,7 @@ class MemoryStore(ChunkStore):
         """Forget everything."""
         with self._lock:
             self._chunks.clear()
+            self._order = Queue()
             self._nbytes = 0
 
     def _own(self, chunk: StoredChunk) -> StoredChunk:
@@ -86,8 +95,13 @@ class MemoryStore(ChunkStore):
             return dataclasses.replace(chunk, kv=chunk.kv.clone())
         return chunk
 
+    def _now(self) -> int:
+        self._last = max(time.time_ns(), self._last + 1)  # no two uses are at one time
+        return self._last
+
     def _drop(self, key: str) -> None:
         chunk = self._chunks.pop(key, None)
+        self._order.discard(key)
         if chunk is not None:
             self._nbytes -= chunk.kv.nbytes
 

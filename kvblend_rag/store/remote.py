@@ -29,6 +29,9 @@ from kvblend_rag.store.layout import Shard, StoreLayout, checked_key
 
 T = TypeVar("T")
 
+WORD_KEPT_S = 30 * 86_400.0
+"""How long a deletion stays on record for hosts that were away."""
+
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
 _USES_EVERY_S = 1.0
@@ -98,7 +101,7 @@ class RemoteStore(ChunkStore):
             chunk = self._decoded(data, key, self._shard)
         except ChunkDamaged:
             with contextlib.suppress(StoreError):
-                self.delete([key])
+                self.drop([key])
             raise
         self.touch(key)
         return chunk
@@ -113,9 +116,18 @@ class RemoteStore(ChunkStore):
         return as_stored(self._layout, chunk)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete the parts of all ranks."""
+        """Delete the parts of all ranks, and leave word of it for the hosts that have copies (``deleted``)."""
+        for key in map(checked_key, keys):
+            self._ask(lambda key=key: self._bury(key))  # type: ignore[misc]
+
+    def drop(self, keys: Iterable[str]) -> None:
+        """Delete the parts of all ranks without a word: copies elsewhere are as good as ever."""
         for key in map(checked_key, keys):
             self._ask(lambda key=key: self._drop(key))  # type: ignore[misc]
+
+    def deleted(self) -> set[str]:
+        """Chunks that somebody deleted in the last ``WORD_KEPT_S``; some may have been stored again since."""
+        return set(self._buried())
 
     def touch(self, key: str) -> None:
         """Make a chunk the most recently used, within a second or so; never waits for the server."""
@@ -170,6 +182,14 @@ class RemoteStore(ChunkStore):
 
     @abstractmethod
     def _drop(self, key: str) -> None: ...
+
+    @abstractmethod
+    def _bury(self, key: str) -> None:
+        """As ``_drop``, and leave word of it."""
+
+    @abstractmethod
+    def _buried(self) -> Iterator[str]:
+        """Keys that word was left of; older word than ``WORD_KEPT_S`` is removed. Calls as in ``_pages``."""
 
     @abstractmethod
     def _pages(self) -> Iterator[Part]:
@@ -261,4 +281,4 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
     return future.result(seconds)
 
 
-__all__ = ["Part", "RemoteStore"]
+__all__ = ["WORD_KEPT_S", "Part", "RemoteStore"]

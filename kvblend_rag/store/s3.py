@@ -4,6 +4,7 @@ An object appears whole or not at all, so a writer may be killed at any instant.
 
     chunks/ab/<key>.r0of1.safetensors    one chunk, one rank's heads
     used/<key>                           empty; its time is the chunk's latest use, renewed once an hour
+    deleted/<key>                        empty; its time is that of the deletion
 
 The times of both are the server's, so hosts need not agree on theirs. What another host writes counts
 once it is listed: between listings, several hosts together may pass the bound by what they wrote.
@@ -25,7 +26,7 @@ from kvblend_rag.blend.chunk import TokenIds
 from kvblend_rag.errors import ConfigError, StoreError, StoreUnreachable
 from kvblend_rag.store.base import StoredChunk
 from kvblend_rag.store.layout import Shard, StoreLayout
-from kvblend_rag.store.remote import Part, RemoteStore
+from kvblend_rag.store.remote import WORD_KEPT_S, Part, RemoteStore
 
 _A_PAGE = 1_000
 _HEADER = 2_048
@@ -121,7 +122,7 @@ class S3Store(RemoteStore):
             for key in sorted(used, key=used.__getitem__):
                 if total <= min(_KEEP * self._max_bytes, self._max_bytes - room):
                     break
-                self.delete([key])
+                self.drop([key])
                 total -= sizes[key]
         self._known_total, self._listed = total, time.monotonic()
 
@@ -150,6 +151,19 @@ class S3Store(RemoteStore):
             with contextlib.suppress(FileNotFoundError):
                 self._client.delete(name)
         self._marked.pop(key, None)
+
+    def _bury(self, key: str) -> None:
+        # word first: who is killed in between has deleted nothing, and a chunk that is there outweighs the word
+        self._client.put(f"deleted/{key}", b"", use_multipart=False)
+        self._drop(key)
+
+    def _buried(self) -> Iterator[str]:
+        for name, _, when in self._list("deleted"):
+            if when > time.time() - WORD_KEPT_S:
+                yield name.rpartition("/")[2]
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    self._ask(lambda name=name: self._client.delete(name))  # type: ignore[misc]
 
     def _pages(self) -> Iterator[Part]:
         for name, nbytes, _ in self._list("chunks"):

@@ -145,9 +145,10 @@ def holds(sql: sqlite3.Connection) -> Holds:
     return found
 
 
-def held(sql: sqlite3.Connection, keys: list[str]) -> set[str]:
-    """Those of the keys that some document holds."""
-    rows = sql.execute(f"SELECT DISTINCT key FROM document WHERE {AMONG}", (json.dumps(keys),))
+def held(sql: sqlite3.Connection, keys: list[str], anonymously: bool = True) -> set[str]:
+    """Those of the keys that some document holds; an anonymous one too, unless told otherwise."""
+    among = f"SELECT DISTINCT key FROM document WHERE {AMONG}" + ("" if anonymously else " AND document_id <> ''")
+    rows = sql.execute(among, (json.dumps(keys),))
     return {key for (key,) in rows}
 
 

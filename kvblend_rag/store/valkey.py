@@ -8,6 +8,7 @@ Every change is one script, so it happens whole or not at all, whoever is killed
     <prefix>:parts             hash, by key:r0of2: bytes
     <prefix>:used              sorted set, by key: the server's time in seconds
     <prefix>:total             bytes in all
+    <prefix>:deleted           sorted set, by key: when it was deleted
 
 Keys are made in the scripts, so a cluster needs a prefix in braces, which puts all of it on one node.
 The server should have ``maxmemory-policy noeviction``: what leaves is decided here, with all its parts.
@@ -26,7 +27,7 @@ from kvblend_rag.blend.chunk import TokenIds, as_token_ids
 from kvblend_rag.errors import ConfigError, StoreError, StoreFull, StoreUnreachable
 from kvblend_rag.store.base import StoredChunk
 from kvblend_rag.store.layout import Shard, StoreLayout
-from kvblend_rag.store.remote import Part, RemoteStore
+from kvblend_rag.store.remote import WORD_KEPT_S, Part, RemoteStore
 
 _COMMON = """
 local prefix = KEYS[1]
@@ -60,6 +61,7 @@ if not string.find(' ' .. shards .. ' ', ' ' .. shard .. ' ', 1, true) then
     redis.call('HSET', prefix .. ':shards', key, shards .. ' ' .. shard)
 end
 redis.call('ZADD', prefix .. ':used', now(), key)
+redis.call('ZREM', prefix .. ':deleted', key)
 while tonumber(redis.call('GET', prefix .. ':total')) > bound do
     local oldest = redis.call('ZRANGE', prefix .. ':used', 0, 0)[1]
     if oldest == key or not oldest then break end
@@ -68,6 +70,16 @@ end
 """
 )
 _DROP = _COMMON + "for _, key in ipairs(ARGV) do forget(key) end"
+_BURY = (
+    _COMMON
+    + """
+for i = 2, #ARGV do
+    forget(ARGV[i])
+    redis.call('ZADD', prefix .. ':deleted', now(), ARGV[i])
+end
+redis.call('ZREMRANGEBYSCORE', prefix .. ':deleted', '-inf', now() - tonumber(ARGV[1]))
+"""
+)
 _USE = _COMMON + "for _, key in ipairs(ARGV) do redis.call('ZADD', prefix .. ':used', 'XX', now(), key) end"
 _PARTS_A_PAGE = 1_000
 
@@ -109,7 +121,7 @@ class ValkeyStore(RemoteStore):
             )
         except ValueError as error:
             raise ConfigError(f"The address of a Valkey or Redis tier can't be used: {error}.") from error
-        self._run = {source: self._client.register_script(source) for source in (_WRITE, _DROP, _USE)}
+        self._run = {source: self._client.register_script(source) for source in (_WRITE, _DROP, _BURY, _USE)}
         super().__init__(re.sub(r"//[^@/]*@", "//", url), layout, shard, max_bytes, timeout_s)
 
     def nbytes(self) -> int:
@@ -130,6 +142,19 @@ class ValkeyStore(RemoteStore):
 
     def _drop(self, key: str) -> None:
         self._script(_DROP, key)
+
+    def _bury(self, key: str) -> None:
+        self._script(_BURY, WORD_KEPT_S, key)
+
+    def _buried(self) -> Iterator[str]:
+        cursor = 0
+        while True:
+            cursor, page = self._ask(
+                lambda: self._client.zscan(f"{self._prefix}:deleted", cursor, count=_PARTS_A_PAGE)  # noqa: B023
+            )
+            yield from (key.decode() for key, _ in page)
+            if not cursor:
+                return
 
     def _pages(self) -> Iterator[Part]:
         cursor = 0

@@ -87,3 +87,22 @@ def test_pinned_copies(make, same):
     store.put(make(1))
     assert store.get(make(1).key).is_pinned()
     same(store.read(make(1).key), make(1))
+
+
+def test_the_least_often_used_leaves_first(make):
+    one = make(1).kv.nbytes
+    store = MemoryStore(3 * one, eviction="lfu")
+    chunks = [make(number) for number in range(6)]
+    for chunk in chunks[:3]:
+        store.put(chunk)
+    for number, uses in ((0, 3), (1, 1), (2, 2)):
+        for _ in range(uses):
+            store.read(chunks[number].key)
+    store.read(chunks[1].key)  # the latest use, and still not the most uses
+    store.put(chunks[0])  # again: its uses are not forgotten
+    for passing in chunks[3:]:  # a scan takes one place, not all
+        store.put(passing)
+    kept = [store.contains(chunk.key) for chunk in chunks]
+    assert kept[0]
+    assert sum(kept[1:3]) == 1
+    assert kept[3:] == [False, False, True]

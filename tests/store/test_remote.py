@@ -1,6 +1,7 @@
 """The remote tiers against real servers, good and bad."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from kvblend_rag.errors import ChunkDamaged, ChunkMissing, ConfigError, StoreErr
 from kvblend_rag.store import MemoryStore, TieredStore, open_catalogue, open_remote, open_store, upkeep
 from kvblend_rag.store import remote as remote_module
 from kvblend_rag.store import s3 as s3_module
+from kvblend_rag.store.remote import WORD_KEPT_S
 from kvblend_rag.store.sync import SyncResult, sync
 
 FILE = 1_440  # the size of one of `make`'s files, see test_disk
@@ -288,7 +290,7 @@ def test_another_host_syncs(kind, address, tmp_path, make, ingest):
     assert other.missing([make(1).key]) == [], "gone from the disk, and still in the remote tier"
     catalogue.release("doc")
     assert set(store.delete_unheld([make(1).key, make(2).key])) == {make(1).key, make(2).key}
-    assert sync(there.store_path, far).gone == 2 - forged
+    assert sync(there.store_path, far).deleted == 2 - forged
     assert other.missing([make(1).key]) == [make(1).key]
     assert not upkeep.check(there.store_path, remote=far).rows_without_file
 
@@ -387,3 +389,92 @@ def test_another_tenants_identical_text_is_in_no_tier(kind, address, root, make,
     assert all(tier.contains(mine.key) for tier in store.tiers)
     store.close()
     catalogue.close()
+
+
+@pytest.fixture
+def hosts(kind, address, tmp_path):
+    """Two hosts that share a tier: each a store, its catalogue, and its own ``sync``."""
+    opened = []
+
+    def host(name):
+        config = BlendConfig(store_path=str(tmp_path / name), remote=(address(kind),))
+        store, catalogue, far = open_store(config), open_catalogue(config), open_remote(config)
+        opened.extend([store, catalogue, *far])
+        return store, catalogue, lambda: sync(config.store_path, far)
+
+    yield host
+    for each in opened:
+        each.close()
+
+
+def test_what_one_host_deletes_leaves_the_others(hosts, make, ingest):
+    (here, ours, _), (there, theirs, sync_there) = hosts("here"), hosts("there")
+    chunks = [make(number) for number in range(3)]
+    for chunk, document in zip(chunks, ("a", "b", "c"), strict=True):
+        ingest(here, ours, chunk, document)
+    sync_there()
+    for chunk in chunks:
+        there.read(chunk.key)  # copies in memory and on the disk
+    ingest(there, theirs, chunks[1], "mine")  # a document of its own holds the second
+    here.delete_unheld(ours.settle({}, ["a", "b"]))
+    assert there.tiers[1].contains(chunks[0].key), "until it syncs"
+    done = sync_there()
+    assert (done.deleted, done.gone, done.listed) == (1, 0, 0)
+    assert "1 chunks were deleted elsewhere, and here." in done.summary()
+    assert theirs.missing([chunk.key for chunk in chunks]) == [chunks[0].key]
+    assert [there.tiers[1].contains(chunk.key) for chunk in chunks] == [False, True, True]
+    assert sync_there().deleted == 0
+
+
+def test_what_is_stored_again_after_a_deletion_stays(hosts, make, ingest):
+    (here, ours, _), (there, theirs, sync_there) = hosts("here"), hosts("there")
+    ingest(here, ours, make(1), "a")
+    sync_there()
+    there.read(make(1).key)
+    here.delete_unheld(ours.settle({}, ["a"]))
+    ingest(here, ours, make(1), "a")
+    assert sync_there().deleted == 0
+    assert theirs.missing([make(1).key]) == []
+    assert there.tiers[1].contains(make(1).key)
+
+
+def test_what_left_for_want_of_room_or_was_damaged_is_no_deletion(hosts, make, ingest):
+    """A server that restarts empty, or evicts, must not empty the disks of all hosts."""
+    (here, ours, _), (there, theirs, sync_there) = hosts("here"), hosts("there")
+    ingest(here, ours, make(1), "a")
+    sync_there()
+    there.read(make(1).key)
+    here.tiers[-1].drop([make(1).key])
+    assert sync_there().deleted == 0
+    assert theirs.missing([make(1).key]) == []
+    assert there.tiers[1].contains(make(1).key)
+
+
+def test_a_host_that_was_away_for_too_long_keeps_what_the_tiers_hold(hosts, make, ingest, tmp_path):
+    (here, ours, _), (there, theirs, sync_there) = hosts("here"), hosts("there")
+    for number in (1, 2):
+        ingest(here, ours, make(number), "a")
+    sync_there()
+    for number in (1, 2):
+        there.read(make(number).key)
+    here.tiers[-1].drop([make(1).key])  # as if its deletion were no longer on record
+    month_ago = time.time() - WORD_KEPT_S - 60
+    os.utime(tmp_path / "there" / "synced", (month_ago, month_ago))
+    assert sync_there().deleted == 1
+    assert theirs.missing([make(1).key, make(2).key]) == [make(1).key]
+    assert not there.tiers[1].contains(make(1).key)
+
+
+def test_a_deletion_that_a_faster_tier_missed_is_made_good(address, tmp_path, make, ingest):
+    config = BlendConfig(store_path=str(tmp_path / "here"), remote=(address("valkey"), address("s3")))
+    store, catalogue, far = open_store(config), open_catalogue(config), open_remote(config)
+    ingest(store, catalogue, make(1), "a")
+    far[0].put(make(1))
+    far[1].delete([make(1).key])
+    assert far[0].contains(make(1).key)
+    catalogue.settle({}, ["a"])
+    assert sync(config.store_path, far).deleted == 1
+    assert not far[0].contains(make(1).key)
+    assert catalogue.missing([make(1).key]) == [make(1).key]
+    for each in (store, catalogue, *far):
+        each.close()
