@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from kvblend_rag.errors import ConfigError
 
@@ -49,13 +49,14 @@ def load_documents(folder: str | Path = BUNDLED) -> list[Document]:
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise ConfigError(f"The documents folder {folder} {what}.")
-    documents = [document for file in _files(folder) for document in _read(file, folder)]
+    documents = [document for file in text_files(folder) for document in _read(file, folder)]
     if not documents:
         raise ConfigError(f"The documents folder {folder} holds no text: .md and .txt files are read.")
     return documents
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def text_files(folder: Path) -> Iterator[Path]:
+    """The text and Markdown files under a folder, in the order of their paths; hidden ones are passed over."""
     for file in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         if not hidden and file.suffix.lower() in _SUFFIXES and file.is_file():
@@ -71,7 +72,17 @@ def _read(file: Path, folder: Path) -> list[Document]:
     except OSError as error:
         warnings.warn(f"Skipped {file}: {error.strerror}.", stacklevel=4)
         return []
-    name = file.relative_to(folder).as_posix()
+    return documents_in(file.relative_to(folder).as_posix(), text)
+
+
+def documents_in(name: str, text: str) -> list[Document]:
+    """The documents of one file.
+
+    Args:
+        name: its path in its folder.
+        text: its content.
+    """
+    file = PurePosixPath(name)
     if file.suffix.lower() not in _MARKDOWN:
         return [Document(name, file.stem, text.strip())] if text.strip() else []
     return _with_ids(name, [(title or file.stem, body) for title, body in _sections(text) if body])
@@ -107,4 +118,4 @@ def _with_ids(name: str, sections: list[tuple[str, str]]) -> list[Document]:
     return documents
 
 
-__all__ = ["BUNDLED", "Document", "load_documents"]
+__all__ = ["BUNDLED", "Document", "documents_in", "load_documents", "text_files"]
