@@ -29,6 +29,21 @@ class Rotary:
         """How many of a head's dimensions are rotated."""
         return self.table.shape[1]
 
+    def behind(self, dims: int) -> Rotary:
+        """The same rotation of dimensions that follow ``dims`` others, which are turned by nothing.
+
+        Args:
+            dims: an even number of dimensions in front, such as DeepSeek's latent or position-free part.
+
+        Raises:
+            ValueError: pairs are halves, which lie side by side only from a head's first dimension on.
+        """
+        if not self.interleaved:
+            raise ValueError("only neighbouring pairs can be moved behind other dimensions")
+        cos, sin = self.table.chunk(2, dim=-1)
+        still = cos.new_ones(len(cos), dims // 2)
+        return Rotary(torch.cat([still, cos, torch.zeros_like(still), sin], dim=1), interleaved=True)
+
 
 def shift(rotary: Rotary, stored: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines, each (tokens, rotary_dim / 2) float32, that take keys from ``stored`` to ``new``.

@@ -27,8 +27,8 @@ class AttentionLayer:
     name: str
     module: Any
     """vLLM's ``Attention``."""
-    rotary: Rotary | None
-    """None where the layer's keys carry no rotation."""
+    rotary: Rotary | None = None
+    """None where the layer's keys carry no rotation, or it is not known yet."""
 
     @property
     def cache(self) -> torch.Tensor:

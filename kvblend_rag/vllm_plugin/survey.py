@@ -6,6 +6,7 @@ is refused with the reason; it then runs as plain vLLM.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from kvblend_rag.blend.rope import Rotary, rotate, shift
 from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
 from kvblend_rag.vllm_plugin.paged_kv import AttentionLayer, PagedKV
+from kvblend_rag.vllm_plugin.rotary import NoShift, Rotations
 
 _PROBE_TOKENS = 24
 _PROBE_SHIFT = 1000
@@ -56,7 +58,7 @@ def refuse_options(config: VllmConfig) -> None:
 
 
 def survey_layers(runner: Any) -> list[AttentionLayer]:
-    """The model's attention layers in running order, with their rotary tables.
+    """The model's attention layers in running order, their rotations still unknown.
 
     Raises:
         Refused: the layers or their cache are of a kind that can't be blended.
@@ -78,43 +80,35 @@ def survey_layers(runner: Any) -> list[AttentionLayer]:
             raise Refused("some of its layers share one KV cache")
         if not hasattr(module.impl, "do_kv_cache_update"):
             raise Refused(f"the attention backend {module.attn_backend.get_name()} has no separate KV write")
-        layers.append(AttentionLayer(name, module, _rotary(runner.get_model(), name)))
+        layers.append(AttentionLayer(name, module))
     shapes = {layer.cache.shape[1:] for layer in layers}
     if len(shapes) != 1:
         raise Refused("its layers have KV heads of different shapes")
     return layers
 
 
-def _rotary(model: torch.nn.Module, layer_name: str) -> Rotary | None:
-    """The rotary table of the module that an attention layer belongs to."""
-    try:
-        parent = model.get_submodule(layer_name.rpartition(".")[0])
-    except AttributeError:
-        return None
-    module = getattr(parent, "rotary_emb", None)
-    if module is None:
-        return None
-    interleaved = not getattr(module, "is_neox_style", True)
-    table = getattr(module, "long_short_cos_sin_cache", None)
-    if table is not None:  # LongRoPE keeps both tables in one and picks by max_model_len
-        skip = module.original_max_position_embeddings if module.use_long_rope else 0
-        return Rotary(table[skip:], interleaved)
-    table = getattr(module, "cos_sin_cache", None)
-    return None if table is None or table.ndim != 2 else Rotary(table, interleaved)
-
-
 @torch.inference_mode()
-def check_shift(layers: list[AttentionLayer], paged: PagedKV, forward: ScatteredForward, config: VllmConfig) -> None:
+def check_shift(
+    model: torch.nn.Module,
+    layers: list[AttentionLayer],
+    paged: PagedKV,
+    forward: ScatteredForward,
+    config: VllmConfig,
+) -> list[AttentionLayer]:
     """Compute the same tokens at two places and compare: rotated keys must equal computed ones.
 
-    Catches what no list can: rotary modules that are there and not applied, scaled or length-dependent
-    frequencies, learned positions. Uses free blocks, before the first request.
+    Finds out which of the rotations that its modules allow a layer applies. Catches what no list can: rotary
+    modules that are there and not applied, scaled or length-dependent frequencies, learned positions. Uses free
+    blocks, before the first request.
+
+    Returns:
+        The layers, each with its rotation.
 
     Raises:
         Refused: a layer's keys or values depend on the position in another way.
     """
-    count = _PROBE_TOKENS
-    offset = min(_PROBE_SHIFT, config.model_config.max_model_len - count - 1)
+    count, longest = _PROBE_TOKENS, int(config.model_config.max_model_len)
+    offset = min(_PROBE_SHIFT, longest - count - 1)
     blocks = np.arange(1, 2 + count // paged.block_size, dtype=np.int32)  # block 0 is the null block
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, config.model_config.get_vocab_size(), (count,), generator=generator)
@@ -122,22 +116,37 @@ def check_shift(layers: list[AttentionLayer], paged: PagedKV, forward: Scattered
     forward.run([row])
     before = [paged.read(layer, blocks, count) for layer in layers]
     forward.run([row], position_offset=offset)
-    # What bfloat16 loses over a deep model's layers stays below a tenth; a wrong rotation is of order one.
-    tolerance = 0.01 if paged.dtype == torch.float32 else 0.1
     here = torch.arange(count, device=paged.device)
+    rotations = Rotations(model, longest)
+    found = []
     for layer, (keys, values) in zip(layers, before, strict=True):
-        if layer.rotary is not None:
-            cos, sin = shift(layer.rotary, here, here + offset)
-            keys = rotate(keys, cos, sin, layer.rotary.interleaved)
-        for what, expected, found in zip(
-            ("keys", "values"), (keys, values), paged.read(layer, blocks, count), strict=True
-        ):
-            error = (found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-6)
-            if not error < tolerance:
-                raise Refused(
-                    f"the {what} of layer {layer.name} don't move with the position as its rotary embedding "
-                    f"says (relative error {error:.2g})"
-                )
+        moved_keys, moved_values = paged.read(layer, blocks, count)
+        try:
+            possible = rotations.of(layer.name)
+        except NoShift as reason:
+            raise Refused(str(reason)) from reason
+        errors: dict[float, Rotary | None] = {}
+        for rotary in possible:
+            turned = keys if rotary is None else rotate(keys, *shift(rotary, here, here + offset), rotary.interleaved)
+            errors[_relative(moved_keys, turned)] = rotary
+        _expect_small("keys", layer, min(errors), paged.dtype)
+        _expect_small("values", layer, _relative(moved_values, values), paged.dtype)
+        found.append(replace(layer, rotary=errors[min(errors)]))
+    return found
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-6))
+
+
+def _expect_small(what: str, layer: AttentionLayer, error: float, dtype: torch.dtype) -> None:
+    # What bfloat16 loses over a deep model's layers stays below a tenth; a wrong rotation is of order one.
+    tolerance = 0.01 if dtype == torch.float32 else 0.1
+    if not error < tolerance:
+        raise Refused(
+            f"the {what} of layer {layer.name} don't move with the position as its rotary embedding "
+            f"says (relative error {error:.2g})"
+        )
 
 
 __all__ = ["Refused", "check_shift", "refuse_options", "survey_layers"]
