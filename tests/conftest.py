@@ -44,6 +44,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 512,
 }
+_YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 512}
 _LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10_000.0,
@@ -54,6 +55,7 @@ _LONG_ROPE = {
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"head_dim": 32, "rope_scaling": _LLAMA3_ROPE}),
     "llama-one-layer": ("LlamaConfig", {"head_dim": 32, "rope_scaling": _LLAMA3_ROPE, "num_hidden_layers": 1}),
+    "llama-int8": ("LlamaConfig", {"head_dim": 32, "rope_scaling": _LLAMA3_ROPE}),
     "mistral": ("MistralConfig", {"head_dim": 32, "sliding_window": None}),
     "mistral-sliding": ("MistralConfig", {"head_dim": 32, "sliding_window": 256}),
     "qwen2": ("Qwen2Config", {}),
@@ -88,7 +90,111 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Cohere2Config",
         {"sliding_window": 256, "layer_types": ["sliding_attention", "full_attention"] * 2},
     ),
+    # The same, with the norms behind the layers and one more on queries and keys.
+    "exaone4": (
+        "Exaone4Config",
+        {"sliding_window": 256, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    # Every head has keys of its own, the output its own matrix.
+    "llama2": ("LlamaConfig", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+    # Linear and dynamic scaling, of which Llama 2 fine-tunes are made, and YaRN, of which Qwen2.5's long ones are.
+    "llama-linear": ("LlamaConfig", {"rope_scaling": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}}),
+    "llama-dynamic": ("LlamaConfig", {"rope_scaling": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}}),
+    "qwen2-yarn": ("Qwen2Config", {"rope_scaling": _YARN}),
+    # Its last layer knows no positions; vLLM runs this one through Transformers' own code.
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 1, 0, 1]}),
+    "granite": (
+        "GraniteConfig",
+        {"embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    ),
+    # Norms over all heads of queries and keys.
+    "olmo2": ("Olmo2Config", {}),
+    # A window of 256 in two layers, with a rotary table of their own.
+    "olmo3": (
+        "Olmo3Config",
+        {
+            "sliding_window": 256,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                "full_attention": _YARN,
+            },
+        },
+    ),
+    "stablelm": (
+        "StableLmConfig",
+        {"partial_rotary_factor": 0.25, "use_qkv_bias": True, "use_parallel_residual": True},
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    ),
+    # Attention sinks, a window of 128 in two layers, biased experts.
+    "gpt-oss": (
+        "GptOssConfig",
+        {
+            "head_dim": 32,
+            "sliding_window": 128,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {**_YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+        },
+    ),
+    # Attention within chunks of 256 tokens in three layers, no position in the fourth.
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            "head_dim": 32,
+            "attention_chunk_size": 256,
+            "no_rope_layers": [1, 1, 1, 0],
+            "layer_types": [*["chunked_attention"] * 3, "full_attention"],
+            "num_local_experts": 4,
+            "interleave_moe_layer_step": 2,
+            "intermediate_size_mlp": 2 * HIDDEN,
+            "attn_temperature_tuning": True,
+        },
+    ),
+    # A latent of 512 dimensions and 64 turned ones stand for all heads' keys and values (MLA).
+    "deepseek-v2": (
+        "DeepseekV2Config",
+        {
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 512,
+            "q_lora_rank": None,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    # Text alone, of a model that sees: three rows of positions (M-RoPE), which are the same here.
+    "qwen2-vl": (
+        "Qwen2VLConfig",
+        {
+            "text_config": {
+                **_COMMON,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
+            },
+            "vision_config": {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": HIDDEN, "mlp_ratio": 2},
+            "image_token_id": VOCABULARY - 3,
+            "video_token_id": VOCABULARY - 4,
+            "vision_start_token_id": VOCABULARY - 2,
+            "vision_end_token_id": VOCABULARY - 1,
+        },
+    ),
+    # Positions are learned.
+    "gpt2": ("GPT2Config", {"n_positions": POSITIONS}),
+    # vLLM runs this one through Transformers' own code, whose frequencies then grow with the prompt.
+    "olmo2-dynamic": ("Olmo2Config", {"rope_scaling": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}}),
     "mamba": ("MambaConfig", {"state_size": 16, "num_hidden_layers": 2}),
+    # Short convolutions, whose state is no KV, and two layers of attention.
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}),
 }
 
 
@@ -98,9 +204,10 @@ def _build(family: str, folder: Path) -> None:
     import transformers
 
     name, settings = FAMILIES[family]
-    kind = getattr(transformers, name)
+    config = getattr(transformers, name)(**{**_COMMON, **settings})
+    auto = transformers.AutoModelForImageTextToText if "vision_config" in settings else transformers.AutoModelForCausalLM
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(kind(**{**_COMMON, **settings}), dtype=torch.float32)
+    model = auto.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for label, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -110,6 +217,43 @@ def _build(family: str, folder: Path) -> None:
             elif label.endswith("bias"):
                 parameter.copy_(0.5 * torch.randn_like(parameter))
     model.save_pretrained(folder)
+    if family in INT8:
+        _to_int8(folder)
+
+
+INT8 = ("llama-int8",)
+
+
+def _to_int8(folder: Path) -> None:
+    """Linear layers' weights in eight bits, a scale a row, as compressed-tensors keeps them."""
+    import json
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = tensors[name].abs().amax(dim=1, keepdim=True) / 127
+        tensors[name] = (tensors[name] / scale).round().to(torch.int8)
+        tensors[f"{name}_scale"] = scale
+    save_file(tensors, file, metadata={"format": "pt"})
+    settings = {"num_bits": 8, "type": "int", "symmetric": True}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**settings, "strategy": "channel", "dynamic": False},
+                "input_activations": {**settings, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def _add_tokenizer(folder: Path) -> None:
@@ -270,10 +414,21 @@ class _Rigs:
         return folder
 
     def get(
-        self, family: str, *, compiled: bool = False, blocks: int = 64, ranks: int = 1, stages: int = 1, **settings: Any
+        self,
+        family: str,
+        *,
+        compiled: bool = False,
+        blocks: int = 64,
+        ranks: int = 1,
+        stages: int = 1,
+        engine: dict[str, Any] | None = None,
+        **settings: Any,
     ) -> Rig:
-        """``ranks`` share each layer (tensor parallelism), ``stages`` share the layers (pipeline parallelism)."""
-        known = (family, compiled, blocks, ranks, stages, *sorted(settings.items()))
+        """``ranks`` share each layer (tensor parallelism), ``stages`` share the layers (pipeline parallelism).
+
+        ``engine`` holds more of vLLM's arguments, ``settings`` are kvblend's.
+        """
+        known = (family, compiled, blocks, ranks, stages, repr(engine), *sorted(settings.items()))
         if self._started is not None and self._started[0] == known:
             return self._started[1]
         self.close()
@@ -282,20 +437,21 @@ class _Rigs:
 
         dtype = settings.pop("dtype", "float32")
         config = {"store_path": str(self._folder / "stores" / str(hash(known))), **settings}
-        llm = LLM(
-            self.model(family),
-            config=BlendConfig(**config),
-            dtype=dtype,
-            enforce_eager=not compiled,
-            max_model_len=1536,
-            max_num_batched_tokens=256,
-            max_num_seqs=8,
-            num_gpu_blocks_override=blocks,
-            kv_cache_memory_bytes=1 << 28,
-            tensor_parallel_size=ranks,
-            pipeline_parallel_size=stages,
-            **engine_arguments(),
-        )
+        arguments = {
+            "dtype": dtype,
+            "enforce_eager": not compiled,
+            "max_model_len": 1536,
+            "max_num_batched_tokens": 256,
+            "max_num_seqs": 8,
+            "num_gpu_blocks_override": blocks,
+            "kv_cache_memory_bytes": 1 << 28,
+            "tensor_parallel_size": ranks,
+            "pipeline_parallel_size": stages,
+            **(engine or {}),
+        }
+        if "speculative_config" not in arguments:  # vLLM takes no logits processor beside it
+            arguments |= engine_arguments()
+        llm = LLM(self.model(family), config=BlendConfig(**config), **arguments)
         rig = Rig(llm, family)
         self._started = (known, rig)
         return rig

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,6 +84,24 @@ def common_metadata(**fields: Any) -> CommonAttentionMetadata:
     return CommonAttentionMetadata(**{name: value for name, value in fields.items() if name in known})
 
 
+@contextmanager
+def without_adapters(runner: Any, tokens: int) -> Iterator[None]:
+    """The base model alone inside, for so many tokens, where LoRA is enabled; then as the running step had it."""
+    if not hasattr(runner, "lora_manager"):
+        yield
+        return
+    from vllm.lora.layers import LoRAMapping
+
+    manager = runner.lora_manager._adapter_manager
+    running = manager._last_mapping
+    manager.set_adapter_mapping(LoRAMapping((0,) * tokens, (0,), is_prefill=True))
+    try:
+        yield
+    finally:
+        if running is not None:
+            manager.set_adapter_mapping(running)
+
+
 def keep_first_runner() -> None:
     """Have vLLM use Model Runner V1: V2 takes no logits processors in 0.26, and later of another kind."""
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
@@ -113,4 +132,5 @@ __all__ = [
     "show_prompt",
     "unsupported_version",
     "version",
+    "without_adapters",
 ]

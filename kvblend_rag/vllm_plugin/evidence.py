@@ -21,10 +21,11 @@ _DEVIATION_LAYER = 1
 
 
 def middle_layers(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
-    """The middle third, whose attention tells best what a question needs (docs/quality.md)."""
-    count = len(layers)
+    """The middle third of those that see all, whose attention tells best what a question needs (docs/quality.md)."""
+    far_sighted = [layer for layer in layers if layer.sees_all] or list(layers)
+    count = len(far_sighted)
     low, high = count // 3, max(2 * count // 3, count // 3 + 1)
-    return list(layers[low:high])
+    return far_sighted[low:high]
 
 
 def question_attention(
@@ -51,7 +52,7 @@ def question_attention(
     reused = paged.upload(torch.from_numpy(plan.reused_positions()[0]))
     masses = torch.zeros(2, plan.prompt_tokens, device=paged.device)
     for layer in layers:
-        queries = torch.cat(taps.queries[layer.name])[asked]
+        queries = layer.meeting_keys(torch.cat(taps.queries[layer.name])[asked])
         masses += _layer_masses(queries, query_positions, layer, job, paged)
     question_mass, last_mass = sum_over_ranks(masses[:, reused]) / len(layers)
     return {"question_mass": question_mass, "last_mass": last_mass}, len(positions)

@@ -44,6 +44,12 @@ class ScatteredForward:
         # The compiled model asserts beyond the first; FlashInfer and others keep buffers of the second.
         self._max_tokens = int(scheduler.max_num_batched_tokens)
         self._max_rows = int(scheduler.max_num_seqs)
+        model = runner.model_config
+        # Such a model is compiled with embeddings as its input, even for text alone.
+        self._embeds = bool(model.supports_multimodal_inputs or model.enable_prompt_embeds)
+        self._position_rows = 3 if model.uses_mrope else 1
+        # Their buffers hold token ids and one row of positions, and were captured with adapters' kernels or without.
+        self._graphs = not self._embeds and self._position_rows == 1 and self._config.lora_config is None
 
     @torch.inference_mode()
     def run(
@@ -121,7 +127,7 @@ class ScatteredForward:
             metadata.update(dict.fromkeys(group.layer_names, built))
         # int32: with int64 the compiled model returns wrong values and no error.
         ids = upload(torch.from_numpy(token_ids.astype(np.int32)))
-        graphs = PieceGraphs.of(self._runner)
+        graphs = PieceGraphs.of(self._runner) if self._graphs else None
         size = graphs.size(len(rows), len(token_ids)) if graphs is not None else None
         replayed: dict[str, Any] = {}
         inputs: AbstractContextManager[Any] = nullcontext((ids, positions))
@@ -136,11 +142,23 @@ class ScatteredForward:
                 **replayed,
             ),
             inputs as (input_ids, rotary_positions),
+            compat.without_adapters(self._runner, len(token_ids)),
             around,
         ):
             self._runner.model(
-                input_ids=input_ids, positions=rotary_positions, intermediate_tensors=None, inputs_embeds=None
+                **self._token_inputs(input_ids), positions=self._rotary(rotary_positions), intermediate_tensors=None
             )
+
+    def _token_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        if not self._embeds:
+            return {"input_ids": ids, "inputs_embeds": None}
+        model = self._runner.get_model()
+        raw = ids if getattr(model, "requires_raw_input_tokens", False) else None
+        return {"input_ids": raw, "inputs_embeds": model.embed_input_ids(ids)}
+
+    def _rotary(self, positions: torch.Tensor) -> torch.Tensor:
+        """M-RoPE's three rows are one and the same where there is text alone."""
+        return positions if self._position_rows == 1 else positions.expand(self._position_rows, -1).contiguous()
 
     def _slots(self, rows: list[Row], offsets: Any, positions: torch.Tensor) -> torch.Tensor:
         """(tokens,) int64 on the host; rows of one request, which follow one another, in one go."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,22 @@ class AttentionLayer:
     def cache(self) -> torch.Tensor:
         """(blocks, kv_heads, block_size, 2 * head_dim), strides and inner order as the backend likes."""
         return self.module.kv_cache
+
+    whole_rows: ClassVar[bool] = False
+    """Whether queries meet a token's values and keys, in this order, rather than its keys alone."""
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether a token sees all before it, and not those in a window or chunk of its own alone."""
+        return getattr(self.module, "sliding_window", None) is None and not hasattr(self.module, "attention_chunk_size")
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+        """Put keys and values, each (tokens, kv_heads, head_dim), into slots, as the backend does it."""
+        self.module.impl.do_kv_cache_update(self.module, keys.contiguous(), values.contiguous(), self.cache, slots)
+
+    def meeting_keys(self, queries: torch.Tensor) -> torch.Tensor:
+        """(tokens, heads, query_dim): the queries that the layer was given, as they meet its cached keys."""
+        return queries
 
 
 class _Half:
@@ -99,10 +115,6 @@ class PagedKV:
         table = torch.from_numpy(block_ids.astype(np.int64))
         return table[positions // self.block_size] * self.block_size + positions % self.block_size
 
-    def write(self, layer: AttentionLayer, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-        """Put keys and values, each (tokens, kv_heads, head_dim), into a layer's slots."""
-        layer.module.impl.do_kv_cache_update(layer.module, keys.contiguous(), values.contiguous(), layer.cache, slots)
-
     def table(self, block_ids: BlockIds, tokens: int) -> torch.Tensor:
         """(blocks,) int32: the cache's blocks that hold a request's first tokens, smaller than vLLM's on some."""
         per_block = self.block_size // self._rows
@@ -116,8 +128,10 @@ class PagedKV:
         return self._keys.read(inside, tokens), self._values.read(inside, tokens)
 
     def read_keys(self, layer: AttentionLayer, block_ids: BlockIds, tokens: int) -> torch.Tensor:
-        """The keys alone, as ``read``."""
-        return self._keys.read(self._flat(layer.cache[self.table(block_ids, tokens).long()]), tokens)
+        """What queries meet of a request's first tokens, (tokens, kv_heads, query_dim)."""
+        inside = self._flat(layer.cache[self.table(block_ids, tokens).long()])
+        keys = self._keys.read(inside, tokens)
+        return torch.cat([self._values.read(inside, tokens), keys], dim=-1) if layer.whole_rows else keys
 
     def _learn_layout(self, layer: AttentionLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Where keys and values lie in a flattened block of one head, each (block rows, head_dim) int64."""
@@ -129,7 +143,7 @@ class PagedKV:
         signs, found = None, []
         for digit in (row % _BASE, row // _BASE, column % _BASE, column // _BASE):
             values = (digit + 1).to(self.dtype)[:, None, :].expand(-1, self.heads, -1)
-            self.write(layer, values, -values, slots)
+            layer.write(values, -values, slots)
             inside = self._flat(layer.cache[block : block + 1])[0]
             if not bool((inside == inside[0]).all()):
                 raise ValueError("the heads of a block are laid out differently from one another")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kvblend_rag.blend.rope import Rotary
+from kvblend_rag.vllm_plugin.latent import dims_in_front
 
 # Relative; a table in bfloat16 is this coarse.
 _COARSE = 0.02
@@ -131,7 +132,9 @@ def _dims_in_front(attention: Any) -> int:
     """Dimensions of a cached key before those that are turned, which only DeepSeek's attention has."""
     if not hasattr(attention, "qk_rope_head_dim"):
         return 0
-    return int(attention.kv_lora_rank if hasattr(attention, "mla_attn") else attention.qk_nope_head_dim)
+    if hasattr(attention, "mla_attn"):
+        return dims_in_front(attention.kv_lora_rank, attention.qk_rope_head_dim)
+    return int(attention.qk_nope_head_dim)
 
 
 __all__ = ["NoShift", "Rotations", "table_of"]

@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.attention import Attention
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention, MLAAttention
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from kvblend_rag.blend.rope import Rotary, rotate, shift
 from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
+from kvblend_rag.vllm_plugin.latent import LatentLayer
 from kvblend_rag.vllm_plugin.paged_kv import AttentionLayer, PagedKV
 from kvblend_rag.vllm_plugin.rotary import NoShift, Rotations
+
+# Methods of speculative decoding without layers of their own.
+_DRAFTLESS = ("ngram", "ngram_gpu", "suffix")
 
 _PROBE_TOKENS = 24
 _PROBE_SHIFT = 1000
@@ -34,10 +38,8 @@ def refuse_options(config: VllmConfig) -> None:
     reasons = [
         (model.runner_type != "generate", "it is not a generating model"),
         (model.is_encoder_decoder, "it is an encoder-decoder model"),
-        (getattr(model, "is_multimodal_model", False), "multimodal models are not served yet"),
-        (model.use_mla, "multi-head latent attention (MLA) is not served yet"),
         (model.is_hybrid or model.is_attention_free, "it has state-space layers, whose state is no KV"),
-        (model.uses_mrope, "M-RoPE is not served yet"),
+        (bool(getattr(model, "uses_xdrope_dim", 0)), "XD-RoPE is not served"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not served yet"),
         (getattr(parallel, "decode_context_parallel_size", 1) > 1, "context parallelism is not served"),
         (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "context parallelism is not served"),
@@ -45,8 +47,11 @@ def refuse_options(config: VllmConfig) -> None:
             parallel.data_parallel_size > 1 and model.is_moe,
             "a forward of our own would hang mixture-of-experts layers under data parallelism",
         ),
-        (config.lora_config is not None, "LoRA is enabled"),
-        (config.speculative_config is not None, "speculative decoding is enabled"),
+        (
+            config.speculative_config is not None and config.speculative_config.method not in _DRAFTLESS,
+            "speculative decoding with a draft model is enabled, whose KV of a chunk is not stored; "
+            "'ngram' and 'suffix' need none",
+        ),
         (
             cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
             f"the KV cache is quantised ({cache.cache_dtype})",
@@ -63,28 +68,40 @@ def survey_layers(runner: Any) -> list[AttentionLayer]:
     Raises:
         Refused: the layers or their cache are of a kind that can't be blended.
     """
+    if getattr(runner.get_model(), "use_deepstack", False) and runner.model_config.supports_multimodal_inputs:
+        raise Refused(
+            "it holds the running step's image features outside of its inputs (DeepStack), where a forward of our own "
+            "would take them up: start it for text alone, limit_mm_per_prompt={'image': 0, 'video': 0}"
+        )
     groups = runner.kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         raise Refused(f"its layers need {len(groups)} kinds of KV cache (hybrid or sliding-window attention)")
     spec = groups[0].kv_cache_spec
-    if type(spec) is not FullAttentionSpec:
+    if isinstance(spec, SlidingWindowSpec):
+        raise Refused(f"all its layers see {spec.sliding_window:,} tokens only, and vLLM drops the KV in front of them")
+    if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
         raise Refused(f"its KV cache is of the kind {type(spec).__name__}, not full attention")
     modules = runner.vllm_config.compilation_config.static_forward_context
     order = list(modules)
-    layers = []
-    for name in sorted(groups[0].layer_names, key=order.index):
-        module = modules[name]
-        if type(module) is not Attention:
-            raise Refused(f"layer {name} is of the kind {type(module).__name__}, not plain attention")
-        if getattr(module, "kv_sharing_target_layer_name", None):
-            raise Refused("some of its layers share one KV cache")
-        if not hasattr(module.impl, "do_kv_cache_update"):
-            raise Refused(f"the attention backend {module.attn_backend.get_name()} has no separate KV write")
-        layers.append(AttentionLayer(name, module))
+    layers = [_layer(name, modules[name]) for name in sorted(groups[0].layer_names, key=order.index)]
     shapes = {layer.cache.shape[1:] for layer in layers}
     if len(shapes) != 1:
         raise Refused("its layers have KV heads of different shapes")
     return layers
+
+
+def _layer(name: str, module: Any) -> AttentionLayer:
+    if type(module) not in (Attention, ChunkedLocalAttention, MLAAttention):
+        raise Refused(f"layer {name} is of the kind {type(module).__name__}, not plain attention")
+    if getattr(module, "kv_sharing_target_layer_name", None):
+        raise Refused("some of its layers share one KV cache")
+    if not hasattr(module.impl, "do_kv_cache_update"):
+        raise Refused(f"the attention backend {module.attn_backend.get_name()} has no separate KV write")
+    if not isinstance(module, MLAAttention):
+        return AttentionLayer(name, module)
+    if not hasattr(module, "W_UK_T"):
+        raise Refused(f"the attention backend {module.attn_backend.get_name()} has packed its up-projection away")
+    return LatentLayer(name, module)
 
 
 @torch.inference_mode()

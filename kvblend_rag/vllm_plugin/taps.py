@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import MLAAttention
 
 
 class _Stop(Exception):
@@ -37,6 +38,22 @@ class _TappedLayer:
     def forward(self, _layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self._see(query)
         return self._layer.impl.forward(self._layer, query, *args, **kwargs)
+
+
+class _TappedLatentLayer(_TappedLayer):
+    """The same of ``MLAAttention``, of which vLLM asks more than its implementation."""
+
+    def do_kv_cache_update(self, *args: Any, **kwargs: Any) -> None:
+        self._before()
+        self._layer.impl.do_kv_cache_update(*args, **kwargs)
+
+    def update_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        self._before()
+        self._layer.update_kv_cache(*args, **kwargs)
+
+    def forward_impl(self, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._see(query)
+        return self._layer.forward_impl(query, *args, **kwargs)
 
 
 class Taps:
@@ -66,9 +83,12 @@ class Taps:
     @contextmanager
     def _entered(self) -> Iterator[None]:
         context = get_forward_context()
+        layers = {name: context.no_compile_layers[name] for name in self._order}
         tapped = {
-            name: _TappedLayer(context.no_compile_layers[name], self._waits(name), self._sees(name))
-            for name in self._order
+            name: (_TappedLatentLayer if isinstance(layer, MLAAttention) else _TappedLayer)(
+                layer, self._waits(name), self._sees(name)
+            )
+            for name, layer in layers.items()
         }
         context.no_compile_layers = {**context.no_compile_layers, **tapped}
         try:

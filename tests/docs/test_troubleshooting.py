@@ -92,7 +92,11 @@ def assigned(file: str) -> Iterator[str]:
 
 REASONS = {
     "gate": [*conditions("blend/gate.py", "refusal")],
-    "survey": [*conditions("vllm_plugin/survey.py", "refuse_options"), *raised("vllm_plugin/survey.py", "Refused")],
+    "survey": [
+        *conditions("vllm_plugin/survey.py", "refuse_options"),
+        *raised("vllm_plugin/survey.py", "Refused"),
+        *raised("vllm_plugin/rotary.py", "NoShift"),
+    ],
     "worker": [
         *raised("vllm_plugin/worker_side.py", "Refused"),
         *returned("vllm_plugin/compat.py", "unsupported_version"),

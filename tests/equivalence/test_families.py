@@ -5,6 +5,7 @@ in loading or in the scattered forward shows here. That stored KV is loaded and 
 opposite: nothing recomputed, at a place where the stored KV is exact.
 
 One engine a family; those in ``DEFAULT`` in `make test`, the others and the compiled ones in `make test-all`.
+Of the two in ``BRIEF``, a mixture of experts and a model with layers without position, `make test` runs a few.
 """
 
 import numpy as np
@@ -17,11 +18,29 @@ APPROXIMATE = ("none", "first", "deviation", "question")
 
 # The last one is shared with the modules that follow.
 DEFAULT = ("mistral", "qwen2", "qwen3", "phi3", "gemma3", "llama")
-FULL = ("gemma2", "glm4")
+BRIEF = ("mixtral", "smollm3")
+FULL = (
+    "gemma2",
+    "glm4",
+    "glm",
+    "llama2",
+    "llama-linear",
+    "llama-dynamic",
+    "qwen2-yarn",
+    "granite",
+    "stablelm",
+    "olmo2",
+    "olmo3",
+    "cohere2",
+    "exaone4",
+    "qwen3-moe",
+    "gpt-oss",
+    "llama4",
+)
 
 
 def _cases():
-    for family in FULL:
+    for family in (*BRIEF, *FULL):
         yield pytest.param((family, False), id=family, marks=pytest.mark.full)
     for family in (*FULL, *DEFAULT):
         yield pytest.param((family, True), id=f"{family}-compiled", marks=pytest.mark.full)

@@ -5,11 +5,12 @@ import pytest
 from kvblend_rag.errors import ConfigError
 
 REFUSED = [
-    pytest.param("mistral-sliding", "SlidingWindowSpec, not full attention", id="mistral-sliding"),
+    pytest.param("mistral-sliding", "all its layers see 256 tokens only", id="mistral-sliding"),
     pytest.param("mamba", "state-space layers", id="mamba", marks=pytest.mark.full),
-    # A rotary module that is there and not applied to the keys: only the start-up shift test can know.
-    pytest.param("cohere2", "don't move with the position", id="cohere2", marks=pytest.mark.full),
-    pytest.param("glm", "don't move with the position", id="transformers-backend", marks=pytest.mark.full),
+    pytest.param("lfm2", "state-space layers", id="lfm2", marks=pytest.mark.full),
+    # Positions are learned, and in keys and values alike: only the start-up check can know.
+    pytest.param("gpt2", "don't move with the position", id="gpt2", marks=pytest.mark.full),
+    pytest.param("olmo2-dynamic", "changes its frequencies", id="dynamic-transformers", marks=pytest.mark.full),
 ]
 
 

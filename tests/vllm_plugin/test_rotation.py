@@ -194,7 +194,7 @@ def test_a_table_whose_keys_grow_is_refused():
 
 
 def test_a_rotation_behind_dimensions_that_are_not_turned():
-    """DeepSeek: what is cached is a latent, or a part without position, and then the turned dimensions."""
+    """DeepSeek: half a row of the cache is latent and then turned; without MLA, a part without position is in front."""
     module = rope("deepseek yarn")
     (latent, _), (plain, _) = (
         rotations(attention_of(module, qk_rope_head_dim=HEAD, qk_nope_head_dim=32, kv_lora_rank=128, **more))
@@ -204,7 +204,7 @@ def test_a_rotation_behind_dimensions_that_are_not_turned():
     raw = torch.randn(16, 1, HEAD)
     with torch.inference_mode():
         before, expected = (computed(module, at, raw) for at in (here, there))
-    for found, front in ((latent, torch.randn(16, 1, 128)), (plain, torch.randn(16, 1, 32))):
+    for found, front in ((latent, torch.randn(16, 1, (128 - HEAD) // 2)), (plain, torch.randn(16, 1, 32))):
         turned = rotate(torch.cat([front, before], -1), *shift(found, here, there), found.interleaved)
         assert torch.equal(turned[..., : front.shape[-1]], front)
         assert (turned[..., front.shape[-1] :] - expected).abs().max() < 2e-5
