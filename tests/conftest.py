@@ -205,9 +205,9 @@ def _build(family: str, folder: Path) -> None:
 
     name, settings = FAMILIES[family]
     config = getattr(transformers, name)(**{**_COMMON, **settings})
-    auto = transformers.AutoModelForImageTextToText if "vision_config" in settings else transformers.AutoModelForCausalLM
+    kind = "ImageTextToText" if "vision_config" in settings else "CausalLM"
     torch.manual_seed(0)
-    model = auto.from_config(config, dtype=torch.float32)
+    model = getattr(transformers, f"AutoModelFor{kind}").from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for label, parameter in model.named_parameters():
             if parameter.ndim > 1:

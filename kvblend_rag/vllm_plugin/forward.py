@@ -51,6 +51,11 @@ class ScatteredForward:
         # Their buffers hold token ids and one row of positions, and were captured with adapters' kernels or without.
         self._graphs = not self._embeds and self._position_rows == 1 and self._config.lora_config is None
 
+    @property
+    def model(self) -> Any:
+        """As vLLM loaded it."""
+        return self._runner.get_model()
+
     @torch.inference_mode()
     def run(
         self,
@@ -152,9 +157,8 @@ class ScatteredForward:
     def _token_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor | None]:
         if not self._embeds:
             return {"input_ids": ids, "inputs_embeds": None}
-        model = self._runner.get_model()
-        raw = ids if getattr(model, "requires_raw_input_tokens", False) else None
-        return {"input_ids": raw, "inputs_embeds": model.embed_input_ids(ids)}
+        raw = ids if getattr(self.model, "requires_raw_input_tokens", False) else None
+        return {"input_ids": raw, "inputs_embeds": self.model.embed_input_ids(ids)}
 
     def _rotary(self, positions: torch.Tensor) -> torch.Tensor:
         """M-RoPE's three rows are one and the same where there is text alone."""

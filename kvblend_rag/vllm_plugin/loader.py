@@ -109,7 +109,7 @@ class DirectLoader(Loader):
         wanted = device_slots >= 0
         for index, layer in enumerate(self._paged.layers):
             keys, values = rotated(plan, chunks, turns, index, layer, self._paged.device)
-            layer.write(keys[wanted], values[wanted], device_slots[wanted])
+            self._paged.write(layer, keys[wanted], values[wanted], device_slots[wanted])
 
     def wait(self, layer_name: str) -> None:
         """Nothing is under way."""

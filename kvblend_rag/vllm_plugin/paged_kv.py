@@ -115,6 +115,10 @@ class PagedKV:
         table = torch.from_numpy(block_ids.astype(np.int64))
         return table[positions // self.block_size] * self.block_size + positions % self.block_size
 
+    def write(self, layer: AttentionLayer, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+        """Put keys and values, each (tokens, kv_heads, head_dim), into a layer's slots."""
+        layer.write(keys, values, slots)
+
     def table(self, block_ids: BlockIds, tokens: int) -> torch.Tensor:
         """(blocks,) int32: the cache's blocks that hold a request's first tokens, smaller than vLLM's on some."""
         per_block = self.block_size // self._rows

@@ -105,21 +105,12 @@ def _layer(name: str, module: Any) -> AttentionLayer:
 
 
 @torch.inference_mode()
-def check_shift(
-    model: torch.nn.Module,
-    layers: list[AttentionLayer],
-    paged: PagedKV,
-    forward: ScatteredForward,
-    config: VllmConfig,
-) -> list[AttentionLayer]:
+def check_shift(layers: list[AttentionLayer], paged: PagedKV, forward: ScatteredForward, config: VllmConfig) -> None:
     """Compute the same tokens at two places and compare: rotated keys must equal computed ones.
 
     Finds out which of the rotations that its modules allow a layer applies. Catches what no list can: rotary
     modules that are there and not applied, scaled or length-dependent frequencies, learned positions. Uses free
-    blocks, before the first request.
-
-    Returns:
-        The layers, each with its rotation.
+    blocks, before the first request. Leaves the layers in ``paged``, each with its rotation.
 
     Raises:
         Refused: a layer's keys or values depend on the position in another way.
@@ -134,7 +125,7 @@ def check_shift(
     before = [paged.read(layer, blocks, count) for layer in layers]
     forward.run([row], position_offset=offset)
     here = torch.arange(count, device=paged.device)
-    rotations = Rotations(model, longest)
+    rotations = Rotations(forward.model, longest)
     found = []
     for layer, (keys, values) in zip(layers, before, strict=True):
         moved_keys, moved_values = paged.read(layer, blocks, count)
@@ -149,7 +140,7 @@ def check_shift(
         _expect_small("keys", layer, min(errors), paged.dtype)
         _expect_small("values", layer, _relative(moved_values, values), paged.dtype)
         found.append(replace(layer, rotary=errors[min(errors)]))
-    return found
+    paged.layers = found
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -178,7 +178,7 @@ class WorkerSide:
             layers = survey_layers(self._runner)
             self._paged = PagedKV(layers, int(self._vllm_config.cache_config.block_size))
             forward = ScatteredForward(self._runner, self._paged)
-            self._paged.layers = check_shift(self._runner.get_model(), layers, self._paged, forward, self._vllm_config)
+            check_shift(layers, self._paged, forward, self._vllm_config)
             identity = fingerprint(self._vllm_config)
             kind = preferred_context(self._config, identity)
             if kind != "none":

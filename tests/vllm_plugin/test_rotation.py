@@ -337,8 +337,9 @@ def _check(cache, rotary, max_model_len=4096):
         modules[0].head_size, modules[0].rotary_dim = HEAD, HEAD
         modules[0].cos_sin_cache, modules[0].is_neox_style = rotary.table, not rotary.interleaved
     layer = AttentionLayer("self_attn.attn", None)
-    (found,) = check_shift(attention_of(*modules), [layer], cache, cache, config)
-    return found.rotary
+    cache.model = attention_of(*modules)
+    check_shift([layer], cache, cache, config)
+    return cache.layers[0].rotary
 
 
 @pytest.fixture
