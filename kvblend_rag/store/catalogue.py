@@ -192,6 +192,23 @@ class Catalogue:
                 found.setdefault(document_id, []).append(key)
         return found
 
+    def put_off(self, keys: Iterable[str]) -> None:
+        """Put on record that chunks are still to be deleted in a remote tier (``due``)."""
+        with self._database.writing() as sql:
+            sql.executemany("INSERT OR IGNORE INTO due VALUES (?)", [(key,) for key in keys])
+
+    def due(self) -> list[str]:
+        """Chunks whose deletion was put off, and that have not been stored again since."""
+        with self._database.reading() as sql:
+            rows = sql.execute("SELECT key FROM due WHERE key NOT IN (SELECT key FROM chunk)")
+            return [key for (key,) in rows]
+
+    def made_up_for(self, keys: Iterable[str]) -> None:
+        """What was put off is done; what was stored again since needs no deletion any more."""
+        among = (json.dumps(list(keys)),)
+        with self._database.writing() as sql:
+            sql.execute(f"DELETE FROM due WHERE {tables.AMONG} OR key IN (SELECT key FROM chunk)", among)
+
     def held(self, keys: Iterable[str], anonymously: bool = True) -> set[str]:
         """Those of the keys that some document holds; an anonymous one too, unless told otherwise."""
         with self._database.reading() as sql:

@@ -42,7 +42,8 @@ def sync(root: str | Path | StoreLayout, remote: Sequence[RemoteStore], progress
 
     What is listed anew is held anonymously, so that ``gc`` on this host leaves it to the others. A chunk that
     somebody deleted leaves this host too, unless a document of this host holds it. Word of a deletion is kept for
-    ``WORD_KEPT_S``; a host that was away for longer keeps only what the tiers hold.
+    ``WORD_KEPT_S``; a host that was away for longer keeps only what the tiers hold. Deletions of this host that a
+    tier has not heard of (``Catalogue.due``) are made up for first.
 
     Args:
         root: the store's folder on this host; made when it is missing.
@@ -56,6 +57,10 @@ def sync(root: str | Path | StoreLayout, remote: Sequence[RemoteStore], progress
     layout = existing(root)
     disk = DiskStore(layout, catalogue=catalogue)
     try:
+        due = catalogue.due()
+        for tier in reversed(remote):
+            tier.delete(due)
+        catalogue.made_up_for(due)
         # rows before tiers: a chunk is stored before it is listed, so what isn't found then has left
         known = {(row.key, (row.rank, row.shard_count)) for row in catalogue.rows()}
         word = set().union(*(tier.deleted() for tier in remote))

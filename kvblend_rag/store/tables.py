@@ -20,8 +20,8 @@ from kvblend_rag.store.seal import Seal
 ANONYMOUS = ""
 """The document that holds chunks ingested without a document id."""
 
-VERSION = 2
-"""2: groups of documents."""
+VERSION = 3
+"""2: groups of documents. 3: deletions that are due."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS chunk(
@@ -44,6 +44,8 @@ CREATE TABLE IF NOT EXISTS change(
 CREATE INDEX IF NOT EXISTS change_namespace ON change(namespace, id);
 CREATE INDEX IF NOT EXISTS change_removed ON change(id) WHERE NOT present;
 CREATE TABLE IF NOT EXISTS forgotten(id INTEGER NOT NULL);
+-- chunks whose deletion a remote tier has not heard of yet
+CREATE TABLE IF NOT EXISTS due(key TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 AMONG = "key IN (SELECT value FROM json_each(?))"
 _SEALED = b"\x01"

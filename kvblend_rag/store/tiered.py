@@ -94,12 +94,24 @@ class TieredStore(ChunkStore):
         return self._durable.keeps(key)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Forget chunks in every tier."""
+        """Forget chunks in every tier; what a remote one does not hear of now, ``sync`` makes up for.
+
+        Raises:
+            StoreError: a tier could not do it; the others have.
+        """
         keys = list(keys)
         if self._catalogue is not None:
             self._catalogue.remove(keys)
+        problem: StoreError | None = None
         for tier in reversed(self.tiers):
-            tier.delete(keys)
+            try:
+                tier.delete(keys)
+            except StoreError as error:
+                problem = problem or error
+                if self._catalogue is not None and tier.remote:
+                    self._catalogue.put_off(keys)
+        if problem is not None:
+            raise problem
 
     def delete_unheld(self, keys: Iterable[str]) -> list[str]:
         """Forget, in every tier, those of the chunks that no document holds; returns their keys."""

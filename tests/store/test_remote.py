@@ -478,3 +478,27 @@ def test_a_deletion_that_a_faster_tier_missed_is_made_good(address, tmp_path, ma
     assert catalogue.missing([make(1).key]) == [make(1).key]
     for each in (store, catalogue, *far):
         each.close()
+
+
+def test_a_deletion_during_an_outage_is_made_up_for(kind, address, proxy, tmp_path, make, ingest):
+    config = BlendConfig(store_path=str(tmp_path / "here"), remote=(address(kind, port=proxy.port, timeout_s=1),))
+    store, catalogue = open_store(config), open_catalogue(config)
+    for number in (1, 2):
+        ingest(store, catalogue, make(number), "a")
+    keys = [make(number).key for number in (1, 2)]
+    proxy.mode = "refuse"
+    proxy.cut()
+    with pytest.raises(StoreUnreachable):
+        store.delete_unheld(catalogue.settle({}, ["a"]))
+    assert not any(tier.contains(key) for key in keys for tier in store.tiers[:2]), "the tiers that could have"
+    assert sorted(catalogue.due()) == sorted(keys)
+    proxy.mode = "pass"
+    again, far = open_store(config), open_remote(config)
+    ingest(again, catalogue, make(2), "b")  # stored again: not to be deleted any more
+    done = sync(config.store_path, far)
+    assert (done.listed, done.gone, done.deleted) == (0, 0, 0)
+    assert [far[0].contains(key) for key in keys] == [False, True]
+    assert catalogue.due() == []
+    assert catalogue.missing(keys) == keys[:1]
+    for each in (store, again, catalogue, *far):
+        each.close()
