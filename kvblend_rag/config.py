@@ -71,6 +71,9 @@ class BlendConfig:
     max_memory_gb: float = 4.0
     """Bound of the host-memory tier, in GiB; the least recently used chunks leave first."""
 
+    max_device_gb: float = 0.0
+    """GPU memory for chunks that are asked for again and again, in GiB; taken from vLLM's KV cache."""
+
     max_disk_gb: float = 50.0
     """Bound of the disk tier, in GiB."""
 
@@ -173,6 +176,7 @@ class BlendConfig:
         for name, low, high in (
             ("chunk_size", 16, 65_536),
             ("max_memory_gb", 0, 1e6),
+            ("max_device_gb", 0, 1e6),
             ("max_disk_gb", 0, 1e9),
             ("recompute_ratio", 0, 1),
             ("coverage", 0, 1),

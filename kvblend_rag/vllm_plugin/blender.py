@@ -15,6 +15,7 @@ from kvblend_rag.selectors.spans import mask_to_ranges
 from kvblend_rag.store import TieredStore
 from kvblend_rag.vllm_plugin.evidence import deviation, deviation_layer, question_attention
 from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
+from kvblend_rag.vllm_plugin.hot_chunks import TIER, HotChunks
 from kvblend_rag.vllm_plugin.loader import Chunks, Loader, Turns, rotated
 from kvblend_rag.vllm_plugin.metadata import BlendJob, Outcome
 from kvblend_rag.vllm_plugin.paged_kv import PagedKV
@@ -30,6 +31,7 @@ class Blender:
         forward: the scattered forward.
         loader: brings chunks into the paged cache.
         store: this rank's chunks.
+        hot: those of them that lie on the device.
         context_tokens: length of the ingest context, behind which stored chunks were computed.
         ranks: the tensor-parallel group.
     """
@@ -40,10 +42,11 @@ class Blender:
         forward: ScatteredForward,
         loader: Loader,
         store: TieredStore,
+        hot: HotChunks,
         context_tokens: int,
         ranks: Ranks,
     ) -> None:
-        self._paged, self._forward, self._loader, self._store = paged, forward, loader, store
+        self._paged, self._forward, self._loader, self._store, self._hot = paged, forward, loader, store, hot
         self._context_tokens, self._ranks = context_tokens, ranks
         self._taps = Taps([layer.name for layer in paged.layers], loader.wait)
 
@@ -78,6 +81,7 @@ class Blender:
             computed = [(a, min(b, job.plan.prompt_tokens - 1)) for a, b in job.plan.computed_ranges()]
             self._compute(job, _joined([*computed, *recomputed]))
             self._loader.wait_for_all()
+        self._hot.offer({key: kv for key, kv in chunks.items() if tiers[key] != TIER})
         if _gave_up(job, recomputed, left):
             recipe = job.recipe
             return Outcome(
@@ -96,8 +100,13 @@ class Blender:
             needed: dict[str, int] = {}
             for run in job.plan.runs:
                 needed[run.key] = max(needed.get(run.key, 0), run.chunk_start + run.length)
-            for key, (kv, tier) in self._store.get_many(needed).items():
-                self._check(key, kv, needed[key])
+            hot = self._hot.take(needed)
+            slower = self._store.get_many(key for key in needed if key not in hot)
+            for key in hot:
+                self._store.touch(key)  # else it grows old in the tiers that must keep it
+            for key, tokens in needed.items():
+                kv, tier = (hot[key], TIER) if key in hot else slower[key]
+                self._check(key, kv, tokens)
                 chunks[key], tiers[key] = kv, tier
         except KVBlendError as error:
             return {}, {}, str(error)

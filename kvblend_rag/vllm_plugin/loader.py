@@ -17,7 +17,7 @@ from kvblend_rag.vllm_plugin.paged_kv import AttentionLayer, PagedKV
 from kvblend_rag.vllm_plugin.upload import Upload
 
 Chunks = dict[str, torch.Tensor]
-"""By key: a chunk's KV, (layers, 2, tokens, kv_heads, head_dim) on the host."""
+"""By key: a chunk's KV, (layers, 2, tokens, kv_heads, head_dim) on the host or the model's device."""
 
 Turn = tuple[torch.Tensor, torch.Tensor]
 
@@ -57,6 +57,8 @@ def rotated(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of the reused tokens at one layer, each (tokens, kv_heads, head_dim), keys rotated."""
     parts = [chunks[run.key][index, :, run.chunk_start : run.chunk_start + run.length] for run in plan.runs]
+    if len({part.device for part in parts}) > 1:
+        parts = [part.to(device) for part in parts]
     keys, values = torch.cat(parts, dim=1).to(device)
     started = time.perf_counter()
     turn = turns.of(layer.rotary)

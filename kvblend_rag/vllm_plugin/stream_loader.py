@@ -1,5 +1,7 @@
 """StreamLoader: page-locked host memory → staging ring → paged cache, on streams of its own.
 
+Chunks that lie on the device already are scattered from where they are.
+
 Copies go through the DMA engines in one driver call a batch (``ops.swap_blocks_batch``, cuMemcpyBatchAsync);
 a fused kernel rotates and scatters. Layers are sent off a few ahead of the one that is waited for, so that
 neither the copies nor the host time to launch them stand in front of the computation.
@@ -41,12 +43,26 @@ class _Batch:
     """Its part of the reused tokens."""
 
 
+@dataclass(frozen=True)
+class _Resident:
+    """Reused tokens whose chunks lie on the device already; these need no staging."""
+
+    base: torch.Tensor
+    """One of the chunks: the offsets of all are counted from its first element."""
+    steps: torch.Tensor
+    """(reused tokens,) int64: elements from one layer of the token's chunk to the next."""
+    tokens: torch.Tensor
+    """(reused tokens,) bool, on the host."""
+
+
 @dataclass
 class _Load:
     """A request on its way: a layer after the other, and in each a batch after the other."""
 
     batches: list[_Batch]
-    pinned: list[torch.Tensor]
+    held: list[torch.Tensor]
+    """Chunks that must not go before they are copied or scattered."""
+    resident: _Resident | None
     first_slot: int
     """Staging slot of the first batch of the first layer; the others follow in turn."""
     keys_at: torch.Tensor = field(init=False)
@@ -54,6 +70,7 @@ class _Load:
     copied: list[torch.cuda.Event] = field(default_factory=list)
     """Recorded behind each copy that was sent off."""
     slots: torch.Tensor | None = None
+    resident_slots: torch.Tensor | None = None
     turns: list[Turn | None] = field(default_factory=list)
     scattered: int = 0
     ready: list[torch.cuda.Event] = field(default_factory=list)
@@ -80,9 +97,9 @@ class StreamLoader(Loader):
         """See :meth:`Loader.fetch`: as much as the staging ring holds."""
         self._let_go()
         # Chunks that didn't come from the memory tier are pageable: no asynchronous copy reads them.
-        pinned = {key: kv if kv.is_pinned() else kv.pin_memory() for key, kv in chunks.items()}
-        batches, keys_at, values_at = self._layout(plan, pinned)
-        load = _Load(batches, list(pinned.values()), self._next_slot)
+        ready = {key: kv if kv.is_cuda or kv.is_pinned() else kv.pin_memory() for key, kv in chunks.items()}
+        batches, resident, keys_at, values_at = self._layout(plan, ready)
+        load = _Load(batches, list(ready.values()), resident, self._next_slot)
         self._next_slot = (self._next_slot + len(batches) * len(self._paged.layers)) % _SLOTS
         self._copy_ahead(load)
         load.keys_at, load.values_at = self._paged.upload(keys_at), self._paged.upload(values_at)
@@ -93,6 +110,9 @@ class StreamLoader(Loader):
         """See :meth:`Loader.place`."""
         load = self._load
         assert load is not None
+        if load.resident is not None:
+            load.resident_slots = self._paged.upload(slots.masked_fill(~load.resident.tokens, -1))
+            slots = slots.masked_fill(load.resident.tokens, -1)
         load.slots = self._paged.upload(slots)
         load.turns = [turns.of(layer.rotary) for layer in self._paged.layers]
         # What the tables are made of, and whoever used the blocks before, is ahead of us on this stream.
@@ -132,6 +152,8 @@ class StreamLoader(Loader):
     def _send(self, load: _Load, layers: int) -> None:
         """Have the first so many layers of the request on their way."""
         for index in range(len(load.ready), min(layers, len(self._paged.layers))):
+            if load.resident is not None:
+                self._scatter_resident(load, index, load.resident)
             for batch in load.batches:
                 self._copy_ahead(load)
                 self._scatter(load, index, batch)
@@ -158,16 +180,38 @@ class StreamLoader(Loader):
             self._free[slot].record()
         load.scattered += 1
 
-    def _layout(self, plan: BlendPlan, chunks: Chunks) -> tuple[list[_Batch], torch.Tensor, torch.Tensor]:
-        """Batches, and the element offsets of each reused token's keys and values in a staging slot."""
+    def _scatter_resident(self, load: _Load, index: int, resident: _Resident) -> None:
+        assert load.resident_slots is not None
+        layer = self._paged.layers[index]
+        with torch.cuda.stream(self._scatters):
+            rotate_scatter(
+                resident.base,
+                load.keys_at + index * resident.steps,
+                load.values_at + index * resident.steps,
+                load.resident_slots,
+                load.turns[index],
+                layer.rotary is not None and layer.rotary.interleaved,
+                layer.cache,
+            )
+
+    def _layout(
+        self, plan: BlendPlan, chunks: Chunks
+    ) -> tuple[list[_Batch], _Resident | None, torch.Tensor, torch.Tensor]:
+        """Batches, what needs none, and where each reused token's keys and values are.
+
+        Places are element offsets: in a staging slot, or of the first layer from ``_Resident.base``.
+        """
         itemsize, row = self._paged.dtype.itemsize, self._paged.heads * self._paged.head_dim
         room = self._ring[0].numel()
         batches: list[_Batch] = []
-        keys_at, values_at = [], []
+        keys_at, values_at, steps = [], [], []
+        base = next((kv for kv in chunks.values() if kv.is_cuda), None)
         staged: dict[str, int] = {}
         used = first = token = largest = 0
 
         def close() -> None:
+            if not staged:
+                return
             kvs = [chunks[key] for key in staged]
             batches.append(
                 _Batch(
@@ -179,23 +223,32 @@ class StreamLoader(Loader):
             )
 
         for run in plan.runs:
-            tokens = chunks[run.key].shape[2]
+            chunk = chunks[run.key]
+            tokens = chunk.shape[2]
             size = 2 * tokens * row
-            if run.key not in staged and staged and used + size > room:
-                close()
-                staged, used, first = {}, 0, token
-            if run.key not in staged:
-                staged[run.key] = used
-                used += size
-                largest = max(largest, used)
-            start = staged[run.key] + row * torch.arange(run.chunk_start, run.chunk_start + run.length)
+            if chunk.is_cuda:
+                assert base is not None
+                origin, step = (chunk.data_ptr() - base.data_ptr()) // itemsize, size
+            else:
+                if run.key not in staged and staged and used + size > room:
+                    close()
+                    staged, used, first = {}, 0, token
+                if run.key not in staged:
+                    staged[run.key] = used
+                    used += size
+                    largest = max(largest, used)
+                origin, step = staged[run.key], 0
+            start = origin + row * torch.arange(run.chunk_start, run.chunk_start + run.length)
+            steps.append(torch.full((run.length,), step))
             keys_at.append(start)
             values_at.append(start + row * tokens)
             token += run.length
         close()
         if largest > room:
             self._grow(largest)
-        return batches, torch.cat(keys_at), torch.cat(values_at)
+        step_of = torch.cat(steps)
+        resident = None if base is None else _Resident(base, self._paged.upload(step_of), step_of > 0)
+        return batches, resident, torch.cat(keys_at), torch.cat(values_at)
 
     def _grow(self, elements: int) -> None:
         """A single chunk's layer is larger than a staging slot: make all slots as large."""

@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvblend_rag.vllm_plugin import compat
 from kvblend_rag.vllm_plugin.connector import KVBlendConnector
+from kvblend_rag.vllm_plugin.worker_side import hot_bytes
 
 
 class KVBlendWorker(compat.platform_worker()):  # type: ignore[misc]
@@ -23,6 +24,13 @@ class KVBlendWorker(compat.platform_worker()):  # type: ignore[misc]
         connector = compat.find_connector(KVBlendConnector)
         if connector is not None:
             connector.worker.bind(self.model_runner)
+
+    def determine_available_memory(self) -> int:
+        """As the platform's, less what hot chunks may take; a size that the user gave for the KV cache is kept."""
+        available = int(super().determine_available_memory())
+        if self.cache_config.kv_cache_memory_bytes:
+            return available
+        return available - hot_bytes(self.vllm_config)
 
     def kvblend(self, method: str, *arguments: Any) -> Any:
         """Call a public method of the worker side; see WorkerSide for their names."""

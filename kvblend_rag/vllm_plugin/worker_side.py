@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from kvblend_rag.blend.context import ingest_context
@@ -22,6 +23,7 @@ from kvblend_rag.vllm_plugin import compat
 from kvblend_rag.vllm_plugin.audit import Audit
 from kvblend_rag.vllm_plugin.blender import Blender
 from kvblend_rag.vllm_plugin.forward import ScatteredForward
+from kvblend_rag.vllm_plugin.hot_chunks import HotChunks
 from kvblend_rag.vllm_plugin.identity import fingerprint
 from kvblend_rag.vllm_plugin.loader import DirectLoader, Loader
 from kvblend_rag.vllm_plugin.metadata import BlendJob, Handshake, Outcome, SaveJob, StepOutcome
@@ -33,6 +35,8 @@ from kvblend_rag.vllm_plugin.writer import Writer
 logger = logging.getLogger(__name__)
 
 _ACCOUNTS_KEPT = 512
+
+_GIB = 1 << 30
 
 
 class WorkerSide:
@@ -48,6 +52,7 @@ class WorkerSide:
         self._paged: PagedKV
         self._blender: Blender
         self._audit: Audit | None = None
+        self._hot: HotChunks | None = None
         self._store: TieredStore | None = None
         self._writer: Writer | None = None
         self._trace: torch.profiler.profile | None = None
@@ -117,7 +122,10 @@ class WorkerSide:
 
     def forget(self, keys: list[str]) -> list[str]:
         """Delete those chunks that no document holds, from every tier."""
-        return [] if self._store is None else self._store.delete_unheld(keys)
+        gone = [] if self._store is None else self._store.delete_unheld(keys)
+        if self._hot is not None:
+            self._hot.forget(gone)
+        return gone
 
     def account(self, request_id: str) -> dict[str, float | None] | None:
         """What is known of a request on blended KV before its report is there; None of any other, or a late one.
@@ -188,13 +196,22 @@ class WorkerSide:
             self._store = open_store(self._config, shard, pin=self._paged.device.type == "cuda")
             self._writer = Writer(self._store, open_catalogue(self._config), shard, self._paged.device)
             loader = _fastest_loader(self._paged)
-            self._blender = Blender(self._paged, forward, loader, self._store, len(context), ranks)
+            self._hot = HotChunks(hot_bytes(self._vllm_config), self._paged.device)
+            self._blender = Blender(self._paged, forward, loader, self._store, self._hot, len(context), ranks)
             longest = int(self._vllm_config.model_config.max_model_len)
             self._audit = Audit(self._paged, forward, loader, self._store, context, longest)
         except (Refused, ValueError, KVBlendError) as error:
             refusal = str(error).rstrip(".")
             logger.warning("kvblend does not blend: %s.", refusal)
         return Handshake(identity, tuple(context), refusal, ranks.rank, ranks.size)
+
+
+def hot_bytes(vllm_config: VllmConfig) -> int:
+    """Device memory set aside for chunks; none on a CPU, whose memory tier is as near."""
+    if not current_platform.is_cuda():
+        return 0
+    config = BlendConfig.load(**vllm_config.kv_transfer_config.kv_connector_extra_config)
+    return int(config.max_device_gb * _GIB)
 
 
 def _fastest_loader(paged: PagedKV) -> Loader:
@@ -206,4 +223,4 @@ def _fastest_loader(paged: PagedKV) -> Loader:
     return DirectLoader(paged)
 
 
-__all__ = ["WorkerSide"]
+__all__ = ["WorkerSide", "hot_bytes"]

@@ -50,7 +50,9 @@ def measure(family: str, eager: bool, folder: Path) -> dict:
     from kvblend_rag import LLM, BlendConfig, SamplingParams
 
     rng = np.random.default_rng(0)
-    config = BlendConfig(store_path=str(folder / f"store-{family}"), ingest_context="none", chunk_size=512)
+    config = BlendConfig(
+        store_path=str(folder / f"store-{family}"), ingest_context="none", chunk_size=512, max_device_gb=1
+    )
     greedy = SamplingParams(max_tokens=16, temperature=0, logprobs=5, ignore_eos=True, detokenize=False)
     found: dict = {"differences": {}}
     with LLM(
@@ -86,10 +88,22 @@ def measure(family: str, eager: bool, folder: Path) -> dict:
             reused = ask(selector="none")
             picked = {name: ask(selector=name, ratio=0.15) for name in ("first", "deviation", "question")}
             assert exact.report.recomputed_tokens > 0, exact.report
+            # The same stored KV out of the device's memory, and out of both at once, must give the same answer.
+            fresh = rng.integers(100, 30000, 200).astype(np.int32)
+            llm.kvblend.ingest([fresh], progress=False)
+            longer = np.concatenate([prompt[:20], fresh, prompt[20:]]).astype(np.int32)
+            hot = ask(selector="none")
+            mixed = ask(longer, selector="none")
+            ask(longer, selector="none")
+            all_hot = ask(longer, selector="none")
+            tiers = [sorted({chunk.tier for chunk in each.report.chunks}) for each in (hot, mixed, all_hot)]
+            assert tiers == [["device"], ["device", "memory"], ["device"]], tiers
             found["differences"][length] = {
                 "everything recomputed": difference(exact, plain),
                 "plain, another batch shape": difference(other, plain),
                 "nothing recomputed": difference(reused, plain),
+                "out of device memory": difference(hot, reused),
+                "out of both": difference(all_hot, mixed),
                 **{f"{name} 15 %": difference(output, plain) for name, output in picked.items()},
             }
     return found
