@@ -193,6 +193,11 @@ def _bench(verbs: Any) -> None:
     parser.add_argument("--spans", type=int, nargs="+", default=[64, 16], metavar="N")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--load", type=float, default=0.0, metavar="SECONDS", help="of each run under load; 0: none")
+    parser.add_argument("--sweep", type=int, nargs="+", default=[], metavar="N", help="prompt tokens; 5 to 20 %% there")
+    parser.add_argument(
+        "--device-gb", type=float, default=0.0, metavar="GIB", help="a second engine with chunks in GPU memory; 0: none"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="of the sweep (.png, .svg)")
     parser.add_argument("--timelines", metavar="DIR", help="folder for Chrome traces")
     parser.add_argument("--eager", action="store_true", help="start faster: leave vLLM's compilation out")
     _json(parser)

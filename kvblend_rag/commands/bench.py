@@ -92,14 +92,17 @@ def gpu(
     spans: Sequence[int] = (64, 16),
     repeats: int = 10,
     load: float = 0.0,
+    sweep: Sequence[int] = (),
+    device_gb: float = 0.0,
     timelines: str | None = None,
     eager: bool = False,
+    plot: str | None = None,
     json: str | None = None,
 ) -> int:
     """TTFT, ingest and load on a GPU, on random weights of a known model's shape; see ``bench_gpu``."""
     import torch
 
-    from kvblend_rag.commands import bench_gpu
+    from kvblend_rag.commands import bench_gpu, bench_gpu_plot
     from kvblend_rag.commands.shapes import SHAPES
 
     if shape not in SHAPES:
@@ -107,8 +110,10 @@ def gpu(
     if not torch.cuda.is_available():
         raise ConfigError("There is no CUDA GPU here: `kvblend bench ttft` measures on a CPU.")
     folder = Path(timelines) if timelines else None
-    result = bench_gpu.run(shape, lengths, spans, repeats, folder, load, enforce_eager=eager)
+    result = bench_gpu.run(shape, lengths, spans, repeats, folder, load, sweep, device_gb, enforce_eager=eager)
     terminal.prose(json).print(bench_gpu.table(result))
+    if plot:
+        bench_gpu_plot.save_plot(result, plot)
     terminal.write_json({**result, "command": _command()}, json)
     return 0
 

@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,10 @@ _INGESTED = 32
 _POPULATION = 128
 """Chunks from which prompts under load are drawn."""
 
+_SWEEP_RATIOS = (0.05, 0.1, 0.15, 0.2)
+
+_COPIED_BYTES = 1 << 30
+
 
 def arms(spans: Sequence[int]) -> dict[str, dict[str, Any] | None]:
     """Options of each arm by name; None is a repeat of the prompt in the warm prefix cache."""
@@ -50,6 +55,12 @@ def arms(spans: Sequence[int]) -> dict[str, dict[str, Any] | None]:
     return named
 
 
+def sweep_arms() -> dict[str, dict[str, Any] | None]:
+    """Plain, a prefix hit, and budgets from 5 to 20 %."""
+    budgets = {f"first {ratio:.0%}": {"selector": "first", "ratio": ratio} for ratio in _SWEEP_RATIOS}
+    return {"plain": {"blend": False}, "prefix hit": None, **budgets}
+
+
 def run(
     shape: str = "llama-3.1-8b",
     lengths: Sequence[int] = (8192, 32768),
@@ -57,6 +68,8 @@ def run(
     repeats: int = 10,
     timelines: Path | None = None,
     load_seconds: float = 0.0,
+    sweep: Sequence[int] = (),
+    device_gb: float = 0.0,
     **engine_args: Any,
 ) -> dict[str, Any]:
     """Measure; returns a JSON-able dictionary.
@@ -68,6 +81,8 @@ def run(
         repeats: of each arm, in an order that is shuffled each time.
         timelines: folder for Chrome traces of one request of each kind, of the longest prompt.
         load_seconds: of each run under load (``bench_load``), with prompts of the shortest length; 0 for none.
+        sweep: prompt lengths at which budgets from 5 to 20 % are compared.
+        device_gb: GPU memory for a second engine whose chunks have got hot; 0 for none.
         engine_args: any of vLLM's engine arguments.
     """
     rng = np.random.default_rng(0)
@@ -85,29 +100,33 @@ def run(
         started = time.perf_counter()
         with LLM(model, config=config, **options) as llm:
             start_seconds = time.perf_counter() - started
-            results = {}
             ingest_rate, prefill_rate = _ingest_rates(llm, rng)
-            for length in lengths:
-                count = length // CHUNK_TOKENS
-                size = (length - _QUESTION_TOKENS) // count
-                chunks = [rng.integers(100, 100_000, size).astype(np.int32) for _ in range(count)]
-                llm.kvblend.ingest(chunks)
-                results[str(length)] = _measure(llm, chunks, length, arms(spans), repeats, rng)
+            results = {str(length): _measure(llm, length, arms(spans), repeats, rng) for length in lengths}
+            swept = {str(length): _measure(llm, length, sweep_arms(), repeats, rng) for length in sweep}
             if timelines is not None:
-                _trace(llm, chunks, max(lengths), arms(spans), timelines, rng)
+                _trace(llm, max(lengths), arms(spans), timelines, rng)
             load = _under_load(llm, min(lengths), load_seconds, rng) if load_seconds else None
             info = llm.kvblend.engine.info
+        hot = {}
+        if device_gb:
+            with LLM(model, config=config.replace(max_device_gb=device_gb), **options) as llm:
+                hot = {str(length): _measure(llm, length, arms(spans), repeats, rng, hot=True) for length in lengths}
+        bandwidth = _copy_bandwidth()
     return {
         "shape": shape,
         "engine_start_seconds": start_seconds,
         "ingest_tokens_per_second": ingest_rate,
         "prefill_tokens_per_second": prefill_rate,
         "results": results,
+        "device_gb": device_gb,
+        "hot": hot,
+        "sweep": swept,
+        "copy_bytes_per_second": bandwidth,
         "load": load,
         "engine": info.version,
         "dtype": info.dtype,
         "machine": _machine(),
-        "command": " ".join(["kvblend", *sys.argv[1:]]),
+        "command": " ".join([sys.argv[0], *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -123,12 +142,34 @@ def _ingest_rates(llm: LLM, rng: np.random.Generator) -> tuple[float, float]:
     return ingested.tokens / ingested.seconds, _INGESTED * CHUNK_TOKENS / (time.perf_counter() - started)
 
 
-def _under_load(llm: LLM, length: int, seconds: float, rng: np.random.Generator) -> dict[str, Any]:
-    count = length // CHUNK_TOKENS
-    size = (length - _QUESTION_TOKENS) // count
-    chunks = [rng.integers(100, 100_000, size).astype(np.int32) for _ in range(_POPULATION)]
+def _library(llm: LLM, length: int, rng: np.random.Generator, count: int | None = None) -> list[Any]:
+    """Ingested chunks that fill a prompt of this length but for its question."""
+    fitting = length // CHUNK_TOKENS
+    size = (length - _QUESTION_TOKENS) // fitting
+    chunks = [rng.integers(100, 100_000, size).astype(np.int32) for _ in range(count or fitting)]
     llm.kvblend.ingest(chunks)
-    traffic = bench_load.Traffic(chunks, count, 100_000)
+    return chunks
+
+
+def _copy_bandwidth() -> float:
+    """Bytes a second of one large copy from pinned host memory to the GPU, the median of five."""
+    import torch
+
+    source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device="cuda")
+    taken = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    return _COPIED_BYTES / statistics.median(taken)
+
+
+def _under_load(llm: LLM, length: int, seconds: float, rng: np.random.Generator) -> dict[str, Any]:
+    chunks = _library(llm, length, rng, _POPULATION)
+    traffic = bench_load.Traffic(chunks, length // CHUNK_TOKENS, 100_000)
     return bench_load.run(llm, traffic, {"selector": "first", "ratio": 0.1, "span": 64}, seconds)
 
 
@@ -139,7 +180,11 @@ def table(result: dict[str, Any]) -> Table:
     shown = Table(title=f"Time to first token, {result['shape']}, random weights, {result['machine']['gpu']}")
     for column in ("prompt", "", "median ms", "min–max ms", "× plain"):
         shown.add_column(column, justify="left" if not column else "right")
-    for length, rows in result["results"].items():
+    measured = [*result["results"].items(), *result["sweep"].items()]
+    measured += [
+        (length, {f"{name}, hot": row for name, row in rows.items()}) for length, rows in result["hot"].items()
+    ]
+    for length, rows in measured:
         for name, row in rows.items():
             spread = f"{row['min_ms']:.0f}–{row['max_ms']:.0f}"
             shown.add_row(f"{int(length):,}", name, f"{row['median_ms']:.1f}", spread, f"{row['speedup']:.2f}")
@@ -150,17 +195,21 @@ def table(result: dict[str, Any]) -> Table:
 
 def _measure(
     llm: LLM,
-    chunks: Sequence[Any],
     length: int,
     named: dict[str, dict[str, Any] | None],
     repeats: int,
     rng: np.random.Generator,
+    hot: bool = False,
 ) -> dict[str, Any]:
+    chunks = _library(llm, length, rng)
     engine = llm.kvblend.engine
     one = engine.one_token()
     times: dict[str, list[float]] = {name: [] for name in named}
     steps: dict[str, dict[str, float]] = {}
     reports: dict[str, dict[str, int]] = {}
+    tiers: dict[str, dict[str, int]] = {}
+    for _ in range(3 if hot else 0):  # what is asked for again gets hot
+        llm.generate(_prompt(chunks, length, rng), one, blend={"selector": "none"})
     for repeat in range(repeats + 1):
         for name in rng.permutation(list(named)):
             prompt = _prompt([] if name == NOTHING else chunks, length, rng)
@@ -175,6 +224,7 @@ def _measure(
             if repeat:  # the first round warms up
                 times[name].append(output.metrics.ttft * 1e3)
                 steps[name] = output.report.milliseconds
+                tiers[name] = dict(Counter(use.tier or "" for use in output.report.chunks))
                 reports[name] = {
                     group: getattr(output.report, group)
                     for group in ("cached_tokens", "reused_tokens", "recomputed_tokens", "computed_tokens")
@@ -187,6 +237,7 @@ def _measure(
             "max_ms": max(taken),
             "speedup": plain / statistics.median(taken),
             "tokens": reports[name],
+            "tiers": tiers[name],
             "host_ms": steps[name],
         }
         for name, taken in times.items()
@@ -201,19 +252,19 @@ def _prompt(chunks: Sequence[Any], length: int, rng: np.random.Generator) -> Any
 
 def _trace(
     llm: LLM,
-    chunks: Sequence[Any],
     length: int,
     named: dict[str, dict[str, Any] | None],
     folder: Path,
     rng: np.random.Generator,
 ) -> None:
-    engine = llm.kvblend.engine
+    engine, chunks = llm.kvblend.engine, _library(llm, length, rng)
     for name, options in named.items():
         if options is None:
             continue
         engine.run(engine.reset_prefix_cache())
         engine.run(engine.call("start_trace"))
-        llm.generate(_prompt(chunks, length, rng), engine.one_token(), blend=options)
+        prompt = _prompt([] if name == NOTHING else chunks, length, rng)
+        llm.generate(prompt, engine.one_token(), blend=options)
         file = "".join(letter if letter.isalnum() else "-" for letter in name)
         engine.run(engine.call("stop_trace", str(folder / f"{file}.json")))
 

@@ -1,6 +1,7 @@
 """On a GPU: `kvblend bench gpu` without the command line's packages.
 
-python tests/gpu/ttft.py OUT.json [--shape NAME] [--lengths N …] [--spans N …] [--repeats N] [--eager]
+python tests/gpu/ttft.py OUT.json [--shape NAME] [--lengths N …] [--spans N …] [--repeats N] [--eager] [--timelines DIR]
+    [--load SECONDS] [--sweep N …] [--device-gb GIB]
 """
 
 import argparse
@@ -20,6 +21,8 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--timelines", type=Path, help="folder for Chrome traces")
     parser.add_argument("--load", type=float, default=0.0, help="seconds of each run under load")
+    parser.add_argument("--sweep", type=int, nargs="+", default=[], help="lengths at which budgets are compared")
+    parser.add_argument("--device-gb", type=float, default=0.0, help="of GPU memory for chunks that have got hot")
     given = parser.parse_args()
     result = bench_gpu.run(
         given.shape,
@@ -28,13 +31,17 @@ def main() -> None:
         given.repeats,
         given.timelines,
         given.load,
+        given.sweep,
+        given.device_gb,
         enforce_eager=given.eager,
     )
     given.out.write_text(json.dumps(result, indent=1))
-    for length, rows in result["results"].items():
-        for name, row in rows.items():
-            steps = {step: round(time, 1) for step, time in row["host_ms"].items()}
-            print(f"{length:>6} {name:<32} {row['median_ms']:8.1f} ms  {row['speedup']:5.2f}x  {steps}")
+    for kind in ("results", "hot", "sweep"):
+        for length, rows in result[kind].items():
+            for name, row in rows.items():
+                steps = {step: round(time, 1) for step, time in row["host_ms"].items()}
+                times = f"{row['median_ms']:8.1f} ms  {row['speedup']:5.2f}x"
+                print(f"{kind:<8}{length:>6} {name:<32} {times}  {steps} {row['tiers']}")
 
 
 if __name__ == "__main__":
