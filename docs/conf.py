@@ -47,6 +47,7 @@ generated = HERE / "_generated"
 generated.mkdir(exist_ok=True)
 (generated / "configuration.md").write_text(generate.configuration(), encoding="utf-8")
 (generated / "results.md").write_text(generate.results(), encoding="utf-8")
+(generated / "gpu_goals.md").write_text(generate.gpu_goals(), encoding="utf-8")
 (generated / "capacity.md").write_text(generate.capacity(), encoding="utf-8")
 (generated / "encodings.md").write_text(generate.encodings(), encoding="utf-8")
 (generated / "capacity_tiers.md").write_text(generate.capacity_tiers(), encoding="utf-8")

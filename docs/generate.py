@@ -173,7 +173,7 @@ def is_gpu(result: dict[str, Any]) -> bool:
     return isinstance(arms, dict) and "median_ms" in arms.get("plain", {})
 
 
-def _gpu_rows(result: dict[str, Any]) -> str:
+def _gpu_rows(measured: dict[str, Any]) -> str:
     rows = [
         [
             f"{int(length):,}",
@@ -182,7 +182,7 @@ def _gpu_rows(result: dict[str, Any]) -> str:
             f"{arm['median_ms']:,.0f} ({arm['min_ms']:,.0f} to {arm['max_ms']:,.0f})",
             f"{arm['speedup']:.2f}",
         ]
-        for length, arms in result["results"].items()
+        for length, arms in measured.items()
         for name, arm in arms.items()
     ]
     groups = ["cached", "reused", "recomputed", "computed"]
@@ -198,6 +198,12 @@ def _gpu_more(result: dict[str, Any]) -> str:
             f"Ingest until all is durable: {ingest:,.0f} tokens a second, {ingest / prefill:.2f} of vLLM's own prefill "
             f"of as many chunks ({prefill:,.0f}).\n"
         )
+    if result.get("hot"):
+        parts.append(f"A second engine, its chunks in {result['device_gb']:g} GiB of the GPU's own memory:\n")
+        parts.append(_gpu_rows(result["hot"]))
+    if result.get("sweep"):
+        parts.append("Budgets:\n")
+        parts.append(_gpu_rows(result["sweep"]))
     load = result.get("load")
     if load:
         settings = load["settings"]
@@ -227,6 +233,65 @@ def _gpu_more(result: dict[str, Any]) -> str:
             )
         )
     return "\n".join(parts)
+
+
+_GOAL_ARM = "first 10 %, spans of 16"
+
+
+def gpu_goals() -> str:
+    """What was to be reached on one H100 in the shape of Llama-3.1-8B, and what was."""
+    from kvblend_rag.commands.bench_gpu import NOTHING
+    from kvblend_rag.commands.bench_gpu_plot import floor_ms
+
+    loaded = dict(_loaded())
+    speed, loads = loaded["gpu-ttft-llama-3.1-8b.json"], loaded["gpu-load-llama-3.1-8b.json"]
+    short, long, hot = speed["results"]["8192"], speed["results"]["32768"], speed["hot"]["32768"]
+    spans = [_GOAL_ARM.replace("16", size) for size in ("16", "64")]
+    wider = [name.replace("first", "question") for name in spans]
+    tokens = loads["load"]["inter_token_ms"]
+
+    def times(rows: dict[str, Any], name: str) -> float:
+        return float(rows[name]["speedup"])
+
+    def above_floor(rows: dict[str, Any]) -> float:
+        return float(rows[_GOAL_ARM]["median_ms"] / floor_ms(speed, rows, _GOAL_ARM))
+
+    def ratio(rows: dict[str, Any], name: str, other: str) -> float:
+        return float(rows[name]["median_ms"] / rows[other]["median_ms"])
+
+    question = wider[0]
+    goals: list[tuple[str, float, float]] = [  # what, to reach (negative: at most), measured
+        ("TTFT, 8,192 tokens, `first`: times sooner", 4, times(short, _GOAL_ARM)),
+        ("TTFT, 8,192 tokens, `question`", 4, times(short, question)),
+        ("TTFT, 32,768 tokens, `first`", 7, times(long, _GOAL_ARM)),
+        ("TTFT, 32,768 tokens, `question`", 7, times(long, question)),
+        ("TTFT, 32,768 tokens, reuse only", 10, times(long, "reuse only")),
+        ("TTFT, 32,768 tokens, `first`, chunks in device memory", 8, times(hot, _GOAL_ARM)),
+        ("the same, `question`", 8, times(hot, question)),
+        ("spans of 16 against 64, 32,768 tokens, `first`", -1.1, ratio(long, *spans)),
+        ("the same, `question`", -1.1, ratio(long, *wider)),
+        ("TTFT against the floor, 32,768 tokens, `first`", -1.5, above_floor(long)),
+        ("the same, 8,192 tokens", -2, above_floor(short)),
+        ("requests a second at plain's 95th percentile", 3, loads["load"]["rate_at_plain_p95"]),
+        (
+            "95th percentile between tokens, blended arriving against plain",
+            -1,
+            tokens["blended"]["p95"] / tokens["plain"]["p95"],
+        ),
+        ("nothing matches, 8,192 tokens: TTFT against plain", -1.02, ratio(short, NOTHING, "plain")),
+        ("nothing matches, 32,768 tokens", -1.02, ratio(long, NOTHING, "plain")),
+        (
+            "ingest against vLLM's own prefill rate",
+            0.95,
+            speed["ingest_tokens_per_second"] / speed["prefill_tokens_per_second"],
+        ),
+    ]
+    rows = []
+    for what, wanted, measured in goals:
+        reached = measured >= wanted if wanted > 0 else measured <= -wanted
+        sign = "≥" if wanted > 0 else "≤"
+        rows.append([what, f"{sign} {abs(wanted):g}", f"{measured:.2f}", "yes" if reached else "no"])
+    return table(["", "to reach", "measured", "reached"], rows)
 
 
 _GPU_ARMS = ("plain", "question 10 %, spans of 64", "first 10 %, spans of 64", "reuse only", "prefix hit")
@@ -276,7 +341,7 @@ def results() -> str:
             parts.append(_ttft_rows(result))
         elif is_gpu(result):
             parts.append("Random weights in the model's shape: speed only.\n")
-            parts.append(_gpu_rows(result))
+            parts.append(_gpu_rows(result["results"]))
             parts.append(_gpu_more(result))
         else:
             skipped = ("machine", "engine", "command")
@@ -295,7 +360,7 @@ def headline() -> str:
             parts.append(_ttft_rows(result))
     if not parts:
         parts.append("CPU: no result file yet (`docs/results/*.json`).\n")
-    gpu = [(name, result) for name, result in loaded if is_gpu(result)]
+    gpu = [(name, result) for name, result in loaded if is_gpu(result) and name.startswith("gpu-ttft-")]
     if gpu:
         first = gpu[0][1]
         machine = first["machine"]["gpu"]
@@ -440,7 +505,10 @@ def with_blocks(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the marked blocks."""
+    """Rewrite the marked blocks, and draw the sweep over prompt lengths."""
+    from kvblend_rag.commands.bench_gpu_plot import save_plot
+
+    save_plot(dict(_loaded())["gpu-ttft-llama-3.1-8b.json"], RESULTS / "gpu-ttft-llama-3.1-8b.png")
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         new = with_blocks(text)
