@@ -93,7 +93,21 @@ def _ingest(verbs: Any) -> None:
     parser = _verb(
         verbs, "ingest", "Precompute the KV of a folder of text and Markdown.", ("ingest", "run"), engine=True
     )
-    parser.add_argument("folder", metavar="DIR", help="every .md and .txt file under it is read")
+    parser.add_argument("folder", metavar="DIR|DATASET", help="every .md and .txt file under it is read")
+    bulk = parser.add_argument_group("bulk ingest, on Ray Data")
+    bulk.add_argument(
+        "--ray", action="store_true", help="DATASET: parquet files, JSON lines or texts; no index is made"
+    )
+    bulk.add_argument("--ray-address", metavar="ADDRESS", help="of a Ray cluster; started on this machine without")
+    bulk.add_argument("--engines", type=int, default=1, metavar="N", help="at work at the same time (default 1)")
+    bulk.add_argument("--batch", type=int, default=64, metavar="N", help="documents an engine computes together")
+    bulk.add_argument("--format", choices=("parquet", "jsonl", "text"), help="where the files' names don't tell")
+    bulk.add_argument("--id-column", default="id", metavar="NAME", help="(default id)")
+    bulk.add_argument("--text-column", default="text", metavar="NAME", help="(default text)")
+    bulk.add_argument(
+        "--operation-column", default="operation", metavar="NAME", help="upsert or delete (default operation)"
+    )
+    bulk.add_argument("--dead-letters", metavar="FILE", help="gets the rows that fail, with the reasons, as JSON lines")
 
 
 def _ask(verbs: Any) -> None:

@@ -69,13 +69,17 @@ class BlendConfig:
     """Folder of the chunk store; created when missing."""
 
     max_memory_gb: float = 4.0
-    """Bound of the host-memory tier, in GiB; the least recently used chunks leave first."""
+    """Bound of the host-memory tier, in GiB."""
 
     max_device_gb: float = 0.0
     """GPU memory for chunks that are asked for again and again, in GiB; taken from vLLM's KV cache."""
 
     max_disk_gb: float = 50.0
     """Bound of the disk tier, in GiB."""
+
+    eviction: Literal["lru", "lfu"] = "lru"
+    """Which chunks leave memory and disk at their bounds: those used longest ago, or those used least often
+    (each use is worth a day of age)."""
 
     remote: tuple[str, ...] = ()
     """Tiers behind the disk that hosts share, the fastest first: ``redis://host:port?max_gb=64``,

@@ -39,7 +39,7 @@ def open_store(config: BlendConfig, shard: Shard = (0, 1), pin: bool = False) ->
 
     tiers: list[ChunkStore] = []
     if config.local_device == "cpu":
-        tiers.append(MemoryStore(int(config.max_memory_gb * _GIB), pin=pin))
+        tiers.append(MemoryStore(int(config.max_memory_gb * _GIB), pin=pin, eviction=config.eviction))
     remote = open_remote(config, shard)
     catalogue = open_catalogue(config)
     # what leaves the disk may still stand in a remote tier, so its row is then not the disk's to drop
@@ -101,13 +101,13 @@ def open_catalogue(config: BlendConfig) -> Catalogue:
 
 
 def layout_of(config: BlendConfig) -> StoreLayout:
-    """Where the store is, how KV is encoded, and the key that it is encrypted with.
+    """Where the store is, how KV is encoded, the key that it is encrypted with, and what leaves first.
 
     Raises:
         ConfigError: the key can't be read, or the package for it is missing.
     """
     seal = Seal.from_source(config.encryption_key) if config.encryption_key else None
-    return StoreLayout(Path(config.store_path), encoding=config.encoding, seal=seal)
+    return StoreLayout(Path(config.store_path), encoding=config.encoding, seal=seal, eviction=config.eviction)
 
 
 __all__ = ["layout_of", "open_catalogue", "open_remote", "open_store"]

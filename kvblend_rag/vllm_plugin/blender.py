@@ -17,7 +17,7 @@ from kvblend_rag.vllm_plugin.evidence import deviation, deviation_layer, questio
 from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
 from kvblend_rag.vllm_plugin.hot_chunks import TIER, HotChunks
 from kvblend_rag.vllm_plugin.loader import Chunks, Loader, Turns, rotated
-from kvblend_rag.vllm_plugin.metadata import BlendJob, Outcome
+from kvblend_rag.vllm_plugin.metadata import ANOTHER_RANK, BlendJob, Outcome
 from kvblend_rag.vllm_plugin.paged_kv import PagedKV
 from kvblend_rag.vllm_plugin.ranks import Ranks
 from kvblend_rag.vllm_plugin.taps import Taps
@@ -61,7 +61,7 @@ class Blender:
         if not self._ranks.all_agree(failure is None):
             with _timed(clock, "forward"):
                 self._compute(job, [(job.first, job.plan.prompt_tokens - 1)])
-            return Outcome(milliseconds=clock, fallback=failure or "another rank could not load its part of a chunk")
+            return Outcome(milliseconds=clock, fallback=failure or ANOTHER_RANK)
         selector = get_selector(job.recipe.selector)
         scored, left = 0, None
         with _timed(clock, "load"):
