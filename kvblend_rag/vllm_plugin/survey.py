@@ -121,9 +121,12 @@ def check_shift(layers: list[AttentionLayer], paged: PagedKV, forward: Scattered
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, config.model_config.get_vocab_size(), (count,), generator=generator)
     row = Row(tokens.to(torch.int32).numpy(), blocks, 0, count)
-    forward.run([row])
-    before = [paged.read(layer, blocks, count) for layer in layers]
-    forward.run([row], position_offset=offset)
+    try:
+        forward.run([row])
+        before = [paged.read(layer, blocks, count) for layer in layers]
+        forward.run([row], position_offset=offset)
+    except Exception as error:  # of a model's own code, in whatever way it is unlike others
+        raise Refused(f"a forward of our own does not run with it: {error!r}") from error
     here = torch.arange(count, device=paged.device)
     rotations = Rotations(forward.model, longest)
     found = []

@@ -99,7 +99,7 @@ REASONS = {
     ],
     "worker": [
         *raised("vllm_plugin/worker_side.py", "Refused"),
-        *returned("vllm_plugin/compat.py", "unsupported_version"),
+        *returned("vllm_plugin/versions.py", "unsupported_version"),
     ],
     "identity": [*raised("vllm_plugin/identity.py", "ValueError")],
     "scheduler": [
@@ -125,6 +125,7 @@ REASONS = {
     "launch": [
         *raised("vllm_plugin/launch.py", "ConfigError", "ModelNotFound", "EngineUnavailable"),
         *raised("vllm_plugin/engine.py", "ConfigError", "EngineUnavailable"),
+        *raised("vllm_plugin/expected.py", "EngineUnavailable"),
     ],
 }
 NOT_FOR_USERS = {"vLLM does not accept the request: …"}

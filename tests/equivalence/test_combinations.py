@@ -1,7 +1,7 @@
 """What people combine blending with works as on plain vLLM, or gets an ordinary prefill and the reason.
 
-A row is an engine, what a request asks for, and what comes of it. Rows of one engine follow one another; of the
-engines only the first is started in `make test`, and it is the one of test_families.
+A row is an engine, what a request asks for, and what comes of it. The engines are those of ``COMBINATIONS`` in
+conftest.py, behind the one of test_families, which is all that `make test` starts.
 """
 
 import dataclasses
@@ -16,28 +16,9 @@ BLENDED = None
 SHARED = "shared"
 ADAPTER = "an adapter"
 
-# vLLM's arguments. Prompts are longer than a step of 256 tokens, so that the others run with chunked prefill.
-ENGINES: dict[str, dict[str, Any]] = {
-    SHARED: {},
-    # On a CPU vLLM gives a base model's request beside an adapter's the last place's adapter: let it be empty.
-    "lora": {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2},
-    "ngram": {
-        "speculative_config": {
-            "method": "ngram",
-            "num_speculative_tokens": 3,
-            "prompt_lookup_max": 3,
-            "prompt_lookup_min": 1,
-        }
-    },
-    "whole prompts, priorities, embeddings": {
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": 1536,
-        "scheduling_policy": "priority",
-        "enable_prompt_embeds": True,
-    },
-    "no prefix cache": {"enable_prefix_caching": False},
-    "int8 weights": {},
-}
+ADAPTERS, NGRAMS = "adapters", "speculation from n-grams"
+OTHER_STEPS = "whole prompts, priorities, embeddings"
+ENGINES = (SHARED, ADAPTERS, NGRAMS, OTHER_STEPS, "no prefix cache", "weights in eight bits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,23 +44,23 @@ ROWS = {
     "log-probabilities of the prompt": Row(
         SHARED, {"prompt_logprobs": 1}, reason="prompt log-probabilities need an ordinary prefill"
     ),
-    "adapters enabled": Row("lora"),
-    "adapter asked for": Row("lora", request={"lora_request": ADAPTER}, reason="the request uses a LoRA adapter"),
-    "speculation from n-grams": Row("ngram"),
-    "speculation and structured output": Row("ngram", {"structured_outputs": {"regex": r"[a-z]{4} [0-9]{12}"}}),
-    "chunked prefill off": Row("whole prompts, priorities, embeddings"),
-    "a priority": Row("whole prompts, priorities, embeddings", request={"priority": 3}),
+    "adapters enabled": Row(ADAPTERS),
+    "adapter asked for": Row(ADAPTERS, request={"lora_request": ADAPTER}, reason="the request uses a LoRA adapter"),
+    "speculation from n-grams": Row(NGRAMS),
+    "speculation and structured output": Row(NGRAMS, {"structured_outputs": {"regex": r"[a-z]{4} [0-9]{12}"}}),
+    "chunked prefill off": Row(OTHER_STEPS),
+    "a priority": Row(OTHER_STEPS, request={"priority": 3}),
     "prefix cache off": Row("no prefix cache"),
-    "weights in eight bits": Row("int8 weights"),
+    "weights in eight bits": Row("weights in eight bits"),
 }
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def engine(request, rigs, tiny_model):
-    name = request.param
-    if name == SHARED:
-        return name, rigs.get("llama", blocks=24, local_device="disk")
-    return name, rigs.get("llama-int8" if name == "int8 weights" else "llama", engine=ENGINES[name])
+def rig(request, rigs, combinations):
+    if request.param == SHARED:
+        return rigs.get("llama", blocks=24, local_device="disk")
+    family, arguments = combinations[request.param]
+    return rigs.get(family, engine=arguments)
 
 
 def _rows():
@@ -90,9 +71,8 @@ def _rows():
                 yield pytest.param(engine, row, id=name, marks=marks)
 
 
-@pytest.mark.parametrize(("engine", "row"), _rows(), indirect=["engine"])
-def test_a_combination(engine, row, tmp_path_factory):
-    _, rig = engine
+@pytest.mark.parametrize(("rig", "row"), _rows(), indirect=["rig"])
+def test_a_combination(rig, row, tmp_path_factory):
     request = dict(row.request)
     if request.get("lora_request") == ADAPTER:
         request["lora_request"] = _adapter(tmp_path_factory)
@@ -112,17 +92,16 @@ def test_a_combination(engine, row, tmp_path_factory):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("engine", ["lora"], indirect=True)
-def test_adapters_and_blends_in_the_same_steps(engine, tmp_path_factory):
+@pytest.mark.parametrize("rig", [ADAPTERS], indirect=True)
+def test_adapters_and_blends_in_the_same_steps(rig, tmp_path_factory):
     """A blend's own forward runs between the steps of requests with an adapter, and neither sees the other."""
     from vllm import SamplingParams
 
-    _, rig = engine
     adapter = _adapter(tmp_path_factory)
     sampling = SamplingParams(max_tokens=24, temperature=0.0, logprobs=1, ignore_eos=True)
     prompts = [rig.prompt(200, 100, total=620, seed=seed) for seed in range(6)]
     alone = [
-        _ask(rig, p, Row("lora"), {"lora_request": adapter} if i % 2 else {}, 24, blend=False)
+        _ask(rig, p, Row(ADAPTERS), {"lora_request": adapter} if i % 2 else {}, 24, blend=False)
         for i, p in enumerate(prompts)
     ]
     rig.reset()
@@ -144,7 +123,7 @@ def test_adapters_and_blends_in_the_same_steps(engine, tmp_path_factory):
     assert [output.report.blended for output in outputs] == [True, False] * 3
     for output, expected in zip(outputs, alone, strict=True):
         _expect_equal(output, expected)
-    assert not _equal(alone[1], _ask(rig, prompts[1], Row("lora"), {}, 24, blend=False))  # the adapter does something
+    assert not _equal(alone[1], _ask(rig, prompts[1], Row(ADAPTERS), {}, 24, blend=False))  # the adapter does something
 
 
 def _ask(rig, prompt, row, request, count=16, keep=False, **options):

@@ -1,0 +1,105 @@
+"""Verify families of models and combinations of options on tiny random weights; writes docs/results/models.json.
+
+``kvblend verify``'s checks, on an engine for each of the tests' families (tests/conftest.py) and combinations. What
+is given on the command line is run and replaces what the file has of it; the documentation's support table is made
+from the file by docs/generate.py.
+
+    python tools/verify_families.py            all of them
+    python tools/verify_families.py gemma3     some
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.util
+import json
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from kvblend_rag.commands import verify
+from kvblend_rag.commands.machine import machine
+from kvblend_rag.demo.library import BUNDLED, load_documents
+from kvblend_rag.errors import KVBlendError
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = ROOT / "docs" / "results" / "models.json"
+LENGTHS = (200, 500, 1000)
+_CACHES = {"deepseek-v2": {"blocks": 512}}
+"""Blocks are smaller there: 16 tokens on a CPU."""
+
+
+def main() -> int:
+    """Run; 0 when all that is served is equal."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="families and combinations; all when not given")
+    names = parser.parse_args().names
+    tiny = _tests()
+    known = {**{name: (name, {}) for name in tiny.FAMILIES}, **tiny.COMBINATIONS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        parser.error(f"{unknown[0]} is neither of {', '.join(known)}")
+    failed = []
+    with tempfile.TemporaryDirectory(prefix="kvblend-families-") as folder:
+        rigs = tiny._Rigs(Path(folder))
+        with contextlib.closing(rigs):
+            for name in tqdm(names or list(known), desc="Verifying"):
+                result = _verified(rigs, name, *known[name])
+                _keep(name, result, "combinations" if name in tiny.COMBINATIONS else "families")
+                failed += [] if result["refusal"] or result["equal"] else [name]
+    if failed:
+        print(f"Not equal: {', '.join(failed)}.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _tests() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("kvblend_tests_conftest", ROOT / "tests" / "conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _verified(rigs: Any, name: str, family: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    # On disk alone, as `kvblend verify` has it.
+    rig = rigs.get(family, engine=arguments or None, local_device="disk", **_CACHES.get(name, {}))
+    info = rig.info
+    facts = {
+        "family": family,
+        "architecture": info.architectures[0],
+        "refusal": info.refusal,
+        "engine": info.version,
+        "device": info.device,
+        "dtype": info.dtype,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "options": arguments,
+    }
+    if info.refusal is not None:
+        return {**facts, "checks": [], "equal": None}
+    texts = [document.content for document in load_documents(BUNDLED)]
+    try:
+        result = verify.check(rig.llm, texts, LENGTHS)
+    except KVBlendError as error:
+        return {**facts, "checks": [], "equal": False, "error": str(error)}
+    return {**facts, **{key: result[key] for key in ("tolerance", "tolerance_reason", "checks", "equal")}}
+
+
+def _keep(name: str, result: dict[str, Any], part: str) -> None:
+    """At once, so that what was run is not lost to what comes after."""
+    kept: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    kept["command"] = "python tools/verify_families.py"
+    kept["machine"] = machine()
+    kept.setdefault(part, {})[name] = result
+    FILE.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
