@@ -176,14 +176,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     # Text alone, of a model that sees: three rows of positions (M-RoPE), which are the same here.
-    "qwen2-vl": (
-        "Qwen2VLConfig",
+    "paddleocr-vl": (
+        "PaddleOCRVLConfig",
         {
             "text_config": {
                 **_COMMON,
+                "head_dim": 32,
                 "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
             },
-            "vision_config": {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": HIDDEN, "mlp_ratio": 2},
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            },
             "image_token_id": VOCABULARY - 3,
             "video_token_id": VOCABULARY - 4,
             "vision_start_token_id": VOCABULARY - 2,
