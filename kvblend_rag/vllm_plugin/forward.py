@@ -46,7 +46,7 @@ class ScatteredForward:
         self._max_rows = int(scheduler.max_num_seqs)
         model = runner.model_config
         # Such a model is compiled with embeddings as its input, even for text alone.
-        self._embeds = bool(model.supports_multimodal_inputs or model.enable_prompt_embeds)
+        self._embeds = bool(runner.supports_mm_inputs or model.enable_prompt_embeds)
         self._position_rows = 3 if model.uses_mrope else 1
         # Their buffers hold token ids and one row of positions, and were captured with adapters' kernels or without.
         self._graphs = not self._embeds and self._position_rows == 1 and self._config.lora_config is None

@@ -68,7 +68,7 @@ def survey_layers(runner: Any) -> list[AttentionLayer]:
     Raises:
         Refused: the layers or their cache are of a kind that can't be blended.
     """
-    if getattr(runner.get_model(), "use_deepstack", False) and runner.model_config.supports_multimodal_inputs:
+    if getattr(runner.get_model(), "use_deepstack", False) and runner.supports_mm_inputs:
         raise Refused(
             "it holds the running step's image features outside of its inputs (DeepStack), where a forward of our own "
             "would take them up: start it for text alone, limit_mm_per_prompt={'image': 0, 'video': 0}"
