@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import kvblend_rag.errors as errors
-from kvblend_rag.bulk.agenda import Agenda
+from kvblend_rag.bulk.agenda import Agenda, Hashes
 from kvblend_rag.bulk.data_set import DataSet, wanted
 from kvblend_rag.bulk.feed import DELETE
 from kvblend_rag.bulk.ledger import DeadLetters, Ledger
@@ -101,14 +101,14 @@ def ingest(
         catalogue = stack.enter_context(contextlib.closing(open_catalogue(config)))
         store = stack.enter_context(contextlib.closing(open_store(config)))
         ray = stack.enter_context(_cluster(fleet, config))
-        rows = data_set.rows()
-        agenda = Agenda.of(*_outline(rows), ledger.done())
+        agenda = Agenda.of(*_outline(ray, data_set), ledger.done())
         books = _Books(catalogue, store, ledger, letters, config.tenant)
         began = time.perf_counter()
         at = Progress(total=agenda.total, earlier=agenda.superseded + agenda.settled)
         yield at
         batches = (
-            rows.map_batches(wanted, fn_args=(ray.put(agenda),), batch_format="pyarrow")
+            data_set.rows()
+            .map_batches(wanted, fn_args=(ray.put(agenda),), batch_format="pyarrow")
             .repartition(target_num_rows_per_block=fleet.batch)
             .map_batches(
                 BulkWorker,
@@ -167,8 +167,12 @@ class _Books:
         )
 
 
-def _outline(rows: Any) -> tuple[Any, Any]:
-    """Id hashes and digests of all rows in their order, each uint64 of shape (rows,)."""
+def _outline(ray: Any, data_set: DataSet) -> tuple[Hashes, Hashes]:
+    """Id hashes and digests of all rows in their order, each of shape (rows,)."""
+    options = ray.data.DataContext.get_current().execution_options
+    options.preserve_order = True
+    rows = data_set.rows()  # it keeps the options that it is made with
+    options.preserve_order = False
     ids, digests = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
     for batch in rows.select_columns(["id_hash", "digest"]).iter_batches(batch_size=None, batch_format="numpy"):
         ids.append(batch["id_hash"].astype(np.uint64))
@@ -191,7 +195,6 @@ def _cluster(fleet: Fleet, config: BlendConfig) -> Iterator[Any]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_options.preserve_order = True  # the last row with an id is the last of the feed
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it raises is said in a sentence
     try:
         hosts = sum(1 for node in ray.nodes() if node["Alive"])

@@ -113,6 +113,7 @@ def run(
         "settings": {
             "ingest_context": config.ingest_context,
             "span_size": config.span_size,
+            "encoding": config.encoding,
             "questions": len(asked),
             "too_long": len(questions) - len(measured.asked),
             "no_time": len(measured.asked) - len(asked),

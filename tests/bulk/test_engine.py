@@ -1,6 +1,10 @@
 """``kvblend ingest --ray`` with a real engine in a real Ray actor; what it stored is blended by another engine."""
 
 import json
+import os
+import time
+import uuid
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +18,10 @@ pytestmark = pytest.mark.full
 TEXT = "The ferry number {} leaves the northern pier at six in the morning and comes back in the evening. "
 
 
-def test_a_data_set_is_stored_by_a_vllm_engine_and_blended_by_another(rigs, tmp_path, capsys):
+def test_a_data_set_is_stored_by_a_vllm_engine_and_blended_by_another(rigs, tmp_path, capsys, monkeypatch):
     rigs.close()
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv("OF_THIS_RUN", mark)
     store, file = str(tmp_path / "store"), tmp_path / "feed.jsonl"
     rows = [{"id": f"d{number}", "text": TEXT.format(number) * 2} for number in range(6)]
     file.write_text("\n".join([*map(json.dumps, rows), '{"id": "short", "text": "Too short."}']))
@@ -24,6 +30,7 @@ def test_a_data_set_is_stored_by_a_vllm_engine_and_blended_by_another(rigs, tmp_
     config.write_text(yaml.safe_dump({"store_path": store, "engine_args": {**arguments, **engine_arguments()}}))
     call = ["ingest", "--ray", str(file), "--model", str(rigs.model("llama")), "--config", str(config), "--batch", "4"]
     assert main(call) == 1  # one row failed
+    assert left_over(mark) == []
     shown = capsys.readouterr()
     assert "6 documents stored (6 chunks computed" in shown.out
     assert "1 rows failed" in shown.err.replace("\n", " ")
@@ -39,6 +46,23 @@ def test_a_data_set_is_stored_by_a_vllm_engine_and_blended_by_another(rigs, tmp_
     assert answer.report.blended
     assert answer.report.recomputed_tokens == sum(map(len, body))
     assert answer.difference(rig.plain(prompt)) < 1e-4
+
+
+def left_over(mark, seconds=30):
+    """Processes of the run that have not ended: Ray's, and vLLM's below it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                inherited = mark.encode() in (folder / "environ").read_bytes()
+                if inherited and int(folder.name) != os.getpid():
+                    found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+            except OSError:
+                continue  # ended, or not ours
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.5)
 
 
 def _system_prompt():
