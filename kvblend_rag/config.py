@@ -131,6 +131,12 @@ class BlendConfig:
     tenant: str = ""
     """Chunks of one tenant are invisible to all others."""
 
+    learn_seen: bool = False
+    """In a server: precompute, when it is idle, what comes again and again in prompts and was never ingested."""
+
+    seen_times: int = 3
+    """With ``learn_seen``: in how many prompts a text must have stood."""
+
     @classmethod
     def load(cls, path: str | Path | None = None, **overrides: Any) -> BlendConfig:
         """The effective configuration.
@@ -188,6 +194,7 @@ class BlendConfig:
             ("max_risk", 0, 1),
             ("span_size", 1, 4_096),
             ("min_run", 1, 65_536),
+            ("seen_times", 2, 1_000),
         ):
             value = getattr(self, name)
             if not low <= value <= high:

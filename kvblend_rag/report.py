@@ -26,6 +26,18 @@ class ChunkUse:
     """Where it was loaded from: ``memory``, ``disk``, …; empty when it was not loaded."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TierLoad:
+    """What one tier gave for a prompt."""
+
+    tier: str
+    chunks: int
+    bytes: int
+    """Of KV, decoded; with tensor parallelism the reporting rank's share."""
+    milliseconds: float
+    """Time in the tier; reads at the same time count each."""
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class BlendReport:
     """What was matched, reused, recomputed and computed, and how long each step took.
@@ -54,6 +66,8 @@ class BlendReport:
     """Why nothing was blended, or less than could have been; None when all went as planned."""
     selector: str = ""
     chunks: tuple[ChunkUse, ...] = ()
+    loads: tuple[TierLoad, ...] = ()
+    """By tier: what was read, also where it was not used in the end."""
     recomputed_spans: tuple[tuple[int, int], ...] = ()
     """Recomputed prompt ranges ``[start, stop)``."""
     milliseconds: dict[str, float] = field(default_factory=dict)
@@ -74,6 +88,7 @@ class BlendReport:
         """The report a ``to_dict`` was made from."""
         values = dict(values)
         values["chunks"] = tuple(ChunkUse(**chunk) for chunk in values.get("chunks", ()))
+        values["loads"] = tuple(TierLoad(**load) for load in values.get("loads", ()))
         values["recomputed_spans"] = tuple((a, b) for a, b in values.get("recomputed_spans", ()))
         return cls(**values)
 
@@ -132,4 +147,4 @@ class BlendReport:
         )
 
 
-__all__ = ["BlendReport", "ChunkUse"]
+__all__ = ["BlendReport", "ChunkUse", "TierLoad"]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
@@ -14,6 +17,17 @@ from kvblend_rag.store.catalogue import Catalogue
 
 _AT_ONCE = 32
 """Chunks that are fetched from remote tiers at the same time."""
+
+
+@dataclass
+class TierReads:
+    """What was read from one tier."""
+
+    chunks: int = 0
+    bytes: int = 0
+    """Of decoded KV."""
+    seconds: float = 0.0
+    """Of all reads together; those at the same time count each."""
 
 
 class TieredStore(ChunkStore):
@@ -33,6 +47,8 @@ class TieredStore(ChunkStore):
     def __init__(self, tiers: Sequence[ChunkStore], catalogue: Catalogue | None = None) -> None:
         *self._caches, self._durable = tiers
         self._catalogue = catalogue
+        self._reads: dict[str, TierReads] = {}
+        self._reads_lock = threading.Lock()
 
     @property
     def tiers(self) -> tuple[ChunkStore, ...]:
@@ -68,6 +84,12 @@ class TieredStore(ChunkStore):
             with ThreadPoolExecutor(min(len(far), _AT_ONCE)) as pool:
                 fetched = dict(zip(far, pool.map(self.get_with_tier, far), strict=True))
         return {key: fetched.get(key) or self.get_with_tier(key) for key in keys}
+
+    def take_reads(self) -> dict[str, TierReads]:
+        """What was read since the last call, by tier."""
+        with self._reads_lock:
+            reads, self._reads = self._reads, {}
+        return reads
 
     def locate(self, key: str) -> str | None:
         """The name of the fastest tier that holds a chunk, if any."""
@@ -143,6 +165,7 @@ class TieredStore(ChunkStore):
     def _read(self, key: str) -> tuple[StoredChunk, str]:
         problem: StoreError | None = None
         for depth, tier in enumerate(self.tiers):
+            started = time.perf_counter()
             try:
                 chunk = tier.read(key)
             except StoreError as error:
@@ -151,6 +174,7 @@ class TieredStore(ChunkStore):
                 if problem is None or isinstance(problem, ChunkMissing) or _weight(error) > _weight(problem):
                     problem = error
                 continue
+            self._count(tier.name, chunk.kv.nbytes, time.perf_counter() - started)
             self._promote(chunk, self._caches[:depth])
             for slower in self.tiers[depth + 1 :]:
                 slower.touch(key)
@@ -159,6 +183,13 @@ class TieredStore(ChunkStore):
         if isinstance(problem, (ChunkMissing, ChunkDamaged)):
             self._unlist(key)
         raise problem
+
+    def _count(self, tier: str, nbytes: int, seconds: float) -> None:
+        with self._reads_lock:
+            reads = self._reads.setdefault(tier, TierReads())
+            reads.chunks += 1
+            reads.bytes += nbytes
+            reads.seconds += seconds
 
     def _unlist(self, key: str) -> None:
         # a writer may have put it meanwhile; should its row go all the same, the chunk is computed once more
@@ -176,4 +207,4 @@ def _weight(error: StoreError) -> int:
     return 0 if isinstance(error, ChunkMissing) else 1 if isinstance(error, ChunkDamaged) else 2
 
 
-__all__ = ["TieredStore"]
+__all__ = ["TierReads", "TieredStore"]

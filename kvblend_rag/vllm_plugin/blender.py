@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from kvblend_rag.errors import ChunkDamaged, KVBlendError
+from kvblend_rag.report import TierLoad
 from kvblend_rag.selectors import get_selector
 from kvblend_rag.selectors.base import Evidence, SelectionInput
 from kvblend_rag.selectors.spans import mask_to_ranges
@@ -56,12 +57,17 @@ class Blender:
         Whatever is wrong with a chunk, the request is computed in full and says why.
         """
         clock: dict[str, float] = {}
+        self._store.take_reads()  # those of a prefetch are nobody's
         with _timed(clock, "load"):
             chunks, tiers, failure = self._read_all(job)
+        loads = tuple(
+            TierLoad(tier=tier, chunks=reads.chunks, bytes=reads.bytes, milliseconds=reads.seconds * 1e3)
+            for tier, reads in self._store.take_reads().items()
+        )
         if not self._ranks.all_agree(failure is None):
             with _timed(clock, "forward"):
                 self._compute(job, [(job.first, job.plan.prompt_tokens - 1)])
-            return Outcome(milliseconds=clock, fallback=failure or ANOTHER_RANK)
+            return Outcome(loads=loads, milliseconds=clock, fallback=failure or ANOTHER_RANK)
         selector = get_selector(job.recipe.selector)
         scored, left = 0, None
         with _timed(clock, "load"):
@@ -88,9 +94,10 @@ class Blender:
                 fallback=f"covering {recipe.coverage:.0%} of the score needs more than {recipe.full_share:.0%} of the "
                 "reused tokens (full_prefill_share): everything was computed",
                 scored_tokens=scored,
+                loads=loads,
                 milliseconds=clock,
             )
-        return Outcome(tuple(recomputed), tiers, scored, left, clock)
+        return Outcome(tuple(recomputed), tiers, scored, left, loads, clock)
 
     def _read_all(self, job: BlendJob) -> tuple[Chunks, dict[str, str], str | None]:
         """The job's chunks and where each came from; or what is wrong with one of them."""

@@ -116,6 +116,7 @@ class KVBlendConnector(KVConnectorBase_V1):
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Blend the requests admitted in this step, before vLLM's own forward."""
         plan = self._step_plan()
+        self.worker.note(plan.closing)
         self.worker.meet_again(plan.met_again)
         self.worker.blend(plan.blends)
 

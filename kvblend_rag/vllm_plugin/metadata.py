@@ -7,6 +7,7 @@ Everything here is pickled by vLLM at every step, so it stays small.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvblend_rag.blend.chunk import TokenIds
 from kvblend_rag.blend.plan import BlendPlan
+from kvblend_rag.report import TierLoad
 
 ANOTHER_RANK = "another rank could not load its part of a chunk"
 """Why a rank computed everything whose own part was sound."""
@@ -63,6 +65,27 @@ class SaveJob:
         return self.start + len(self.token_ids)
 
 
+@dataclass(frozen=True)
+class SeenPrompt:
+    """A prompt that may hold chunks nobody has ingested (``learn_seen``)."""
+
+    tenant: str
+    token_ids: TokenIds
+    known: tuple[tuple[int, int], ...]
+    """Ranges ``[start, stop)`` that stand in the store already."""
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What the front end may ask the workers for later, since it can't ask the scheduler."""
+
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    """Of the requests that have ended, as ``BlendReport.to_dict``."""
+    seen: list[SeenPrompt] = field(default_factory=list)
+    busy: bool = False
+    """Whether the step computes anything but chunks to be stored."""
+
+
 @dataclass
 class StepPlan(KVConnectorMetadata):
     """Scheduler to workers, each step."""
@@ -71,6 +94,8 @@ class StepPlan(KVConnectorMetadata):
     saves: list[SaveJob] = field(default_factory=list)
     met_again: dict[str, float | None] = field(default_factory=dict)
     """Requests that run on an earlier blend's KV out of the prefix cache, and what that left uncovered."""
+    closing: Closing = field(default_factory=lambda: Closing())
+    """What the last step ended."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +107,7 @@ class Outcome:
     scored_tokens: int = 0
     uncovered: float | None = None
     """Share of the selector's score outside the recomputed tokens; None where it made none."""
+    loads: tuple[TierLoad, ...] = ()
     milliseconds: dict[str, float] = field(default_factory=dict)
     fallback: str | None = None
     """Why everything was computed instead of blended."""
@@ -111,4 +137,15 @@ class Handshake(KVConnectorHandshakeMetadata):
     ranks: int
 
 
-__all__ = ["ANOTHER_RANK", "BlendJob", "Handshake", "Outcome", "Recipe", "SaveJob", "StepOutcome", "StepPlan"]
+__all__ = [
+    "ANOTHER_RANK",
+    "BlendJob",
+    "Closing",
+    "Handshake",
+    "Outcome",
+    "Recipe",
+    "SaveJob",
+    "SeenPrompt",
+    "StepOutcome",
+    "StepPlan",
+]

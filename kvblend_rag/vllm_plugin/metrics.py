@@ -10,6 +10,7 @@ from prometheus_client import Counter
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from kvblend_rag.blend.cause import CAUSES, cause_of
 from kvblend_rag.ingest import STORING
 from kvblend_rag.report import BlendReport
 
@@ -21,8 +22,16 @@ _METRICS = {
     "tokens": ("group", "Prompt tokens of all but ingest, by group: cached, reused, recomputed, computed."),
     "chunks": ("tier", "Chunks of blended requests, by the tier they were loaded from."),
     "seconds": ("step", "Time of blending, by step: match, load, rotate, score, select, forward."),
+    "hit_tokens": ("tier", "Tokens of stored chunks found in blended prompts, by the tier they were loaded from."),
+    "load_bytes": ("tier", "Bytes of KV read for prompts, by tier."),
+    "load_seconds": ("tier", "Time of these reads; reads at the same time count each."),
+    "fallbacks": ("reason", f"Requests that were not blended, by kind of reason: {', '.join(CAUSES)}."),
 }
 """By name, as ``vllm:kvblend_<name>_total``: its label and its meaning."""
+
+GATE_STATES = ("open", "uncalibrated", "disabled", "verdict", "model", "closed")
+"""Blending; blending with default settings, since nobody has calibrated; switched off; refused by calibration; refused
+by the survey; nothing known of the model yet."""
 
 
 @dataclass
@@ -38,8 +47,18 @@ class BlendStats(KVConnectorStats):
         for chunk in report.chunks:
             if chunk.tier:
                 self._add("chunks", chunk.tier)
+                self._add("hit_tokens", chunk.tier, chunk.tokens)
+        for load in report.loads:
+            self._add("load_bytes", load.tier, load.bytes)
+            self._add("load_seconds", load.tier, load.milliseconds / 1e3)
+        if report.reason not in (None, STORING) and not report.blended:
+            self._add("fallbacks", cause_of(str(report.reason)))
         for step, milliseconds in report.milliseconds.items():
             self._add("seconds", step, milliseconds / 1e3)
+
+    def show_gate(self, state: str) -> None:
+        """Tell the state of the gate: one of ``GATE_STATES``."""
+        self.data["gate"] = {state: 1}
 
     def reset(self) -> None:
         """See the base class."""
@@ -48,6 +67,9 @@ class BlendStats(KVConnectorStats):
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """See the base class."""
         for metric, counts in other.data.items():
+            if metric == "gate":
+                self.data[metric] = dict(counts)
+                continue
             for value, count in counts.items():
                 self._add(metric, value, count)
         return self
@@ -89,12 +111,27 @@ class BlendMetrics(KVConnectorPromMetrics):
             name: self._counter_cls(name=f"vllm:kvblend_{name}", documentation=meaning, labelnames=[*labelnames, label])
             for name, (label, meaning) in _METRICS.items()
         }
+        self._gate = self._gauge_cls(
+            name="vllm:kvblend_gate",
+            documentation="1 for the state of the gate: open, uncalibrated, disabled, verdict, model, closed.",
+            labelnames=[*labelnames, "state"],
+            multiprocess_mode="mostrecent",
+        )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """See the base class."""
         for name, counts in transfer_stats_data.items():
+            if name == "gate":
+                for state in GATE_STATES:
+                    self._gate.labels(*self.per_engine_labelvalues[engine_idx], state).set(counts.get(state, 0))
+                continue
             for value, count in counts.items():
                 self._counters[name].labels(*self.per_engine_labelvalues[engine_idx], value).inc(count)
 
 
-__all__ = ["BlendMetrics", "BlendStats"]
+def metric_names() -> list[str]:
+    """Every metric as Prometheus names it."""
+    return [f"vllm:kvblend_{name}_total" for name in _METRICS] + ["vllm:kvblend_gate"]
+
+
+__all__ = ["GATE_STATES", "BlendMetrics", "BlendStats", "metric_names"]

@@ -27,13 +27,16 @@ from kvblend_rag.ingest import STORING
 from kvblend_rag.report import BlendReport, ChunkUse
 from kvblend_rag.selectors import get_selector
 from kvblend_rag.selectors.base import Evidence
+from kvblend_rag.vllm_plugin.closing import ClosingDesk
 from kvblend_rag.vllm_plugin.library import Library
 from kvblend_rag.vllm_plugin.metadata import (
     BlendJob,
+    Closing,
     Handshake,
     Outcome,
     Recipe,
     SaveJob,
+    SeenPrompt,
     StepOutcome,
     StepPlan,
 )
@@ -90,6 +93,9 @@ class SchedulerSide:
         self._seen_digests: OrderedDict[str, float | None] = OrderedDict()
         """What each blend left uncovered."""
         self._met_again: dict[str, float | None] = {}
+        self._desk = ClosingDesk(vllm_config)
+        self._seen_prompts: list[SeenPrompt] = []
+        self._gate = "closed"
 
     def learn(self, handshakes: list[KVConnectorHandshakeMetadata]) -> None:
         """Take in what the workers found out about the model."""
@@ -100,6 +106,7 @@ class SchedulerSide:
         self._model_refusal = next((h.refusal for h in ours if h.refusal is not None), None)
         if self._model_refusal is not None:
             logger.warning("kvblend: every request gets an ordinary prefill: %s.", self._model_refusal)
+            self._gate = "model"
             return
         self._library = Library(self._config, first.fingerprint, first.context)
         try:
@@ -107,10 +114,15 @@ class SchedulerSide:
         except KVBlendError as error:  # it may be a refusal
             self._verdict_refusal = str(error).rstrip(".")
             logger.warning("kvblend: every request gets an ordinary prefill: %s.", self._verdict_refusal)
+            self._gate = "verdict"
+        if not self._config.enable_blending:
+            self._gate = "disabled"
 
     def _heed(self, verdict: Verdict | None) -> None:
         """Let a verdict's settings be the defaults, or blend nothing; said once."""
+        self._gate = "open"
         if verdict is None or verdict.status == "undecided":
+            self._gate = "uncalibrated"
             if self._config.enable_blending and self._config.heed_verdict:
                 logger.warning(
                     "kvblend: this model has not been calibrated; %.0f %% of the reused tokens are recomputed. "
@@ -120,6 +132,7 @@ class SchedulerSide:
         elif verdict.accepted:
             self._config = verdict.applied_to(self._config)
         else:
+            self._gate = "verdict"
             self._verdict_refusal = verdict.reason.rstrip(".")
             logger.warning("kvblend: calibration refused this model, nothing is blended: %s.", self._verdict_refusal)
 
@@ -193,8 +206,9 @@ class SchedulerSide:
     def step(self, scheduler_output: SchedulerOutput) -> StepPlan:
         """What the workers do in this step."""
         saves = self._finished_chunks(scheduler_output) if self._savings else []
-        plan = StepPlan(self._jobs, saves, self._met_again)
-        self._jobs, self._met_again = [], {}
+        closing = Closing(self._desk.take(), self._seen_prompts, busy=self._busy(scheduler_output))
+        plan = StepPlan(self._jobs, saves, self._met_again, closing)
+        self._jobs, self._met_again, self._seen_prompts = [], {}, []
         self._answered.clear()
         return plan
 
@@ -230,6 +244,7 @@ class SchedulerSide:
         answer = {PARAMETER: report.to_dict()}
         self._answered[request_id] = answer, blend.digest if blend is not None else ""
         self._uncounted.append(answer)
+        self._desk.end(request, answer[PARAMETER])
         return answer
 
     def take_stats(self) -> BlendStats:
@@ -237,6 +252,8 @@ class SchedulerSide:
         stats = BlendStats()
         for answer in self._uncounted:
             stats.count(BlendReport.from_dict(answer[PARAMETER]))
+        if self._uncounted:
+            stats.show_gate(self._gate)
         self._uncounted.clear()
         return stats
 
@@ -263,6 +280,9 @@ class SchedulerSide:
         if wish.ingest is not None:
             return self._plan_saving(request.request_id, prompt, wish.ingest, wish.tenant), report
         plan = make_plan(prompt, self._library.match(wish.tenant, prompt), self._config.min_run)
+        if self._config.learn_seen:
+            known = tuple((run.start, run.stop) for run in plan.runs)
+            self._seen_prompts.append(SeenPrompt(wish.tenant, prompt, known))
         report = replace(report, milliseconds={"match": (time.perf_counter() - started) * 1e3})
         if not plan.runs:
             return self._nothing_matched(wish.tenant), report
@@ -299,6 +319,11 @@ class SchedulerSide:
             if known
             else "the store holds no chunks for this model and ingest context"
         )
+
+    def _busy(self, scheduler_output: SchedulerOutput) -> bool:
+        """Whether the step computes anything but chunks to be stored; asked where chunks are learned alone."""
+        scheduled = scheduler_output.num_scheduled_tokens if self._config.learn_seen else ()
+        return any(name in self._reports and self._reports[name].reason != STORING for name in scheduled)
 
     def _finished_chunks(self, scheduler_output: SchedulerOutput) -> list[SaveJob]:
         """Chunks whose last token is computed in this step."""
@@ -362,6 +387,7 @@ def _completed(report: BlendReport, done: Outcome) -> BlendReport:
             reused_tokens=0,
             computed_tokens=report.computed_tokens + report.reused_tokens,
             scored_tokens=done.scored_tokens,
+            loads=done.loads,
             milliseconds=milliseconds,
         )
     recomputed = sum(stop - start for start, stop in done.recomputed)
@@ -372,6 +398,7 @@ def _completed(report: BlendReport, done: Outcome) -> BlendReport:
         recomputed_spans=done.recomputed,
         scored_tokens=done.scored_tokens,
         uncovered_mass=done.uncovered,
+        loads=done.loads,
         chunks=tuple(replace(chunk, tier=done.tiers.get(chunk.key, "")) for chunk in report.chunks),
         milliseconds=milliseconds,
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections import OrderedDict
+import time
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from vllm.config import VllmConfig
@@ -26,7 +27,15 @@ from kvblend_rag.vllm_plugin.forward import ScatteredForward
 from kvblend_rag.vllm_plugin.hot_chunks import HotChunks
 from kvblend_rag.vllm_plugin.identity import fingerprint
 from kvblend_rag.vllm_plugin.loader import DirectLoader, Loader
-from kvblend_rag.vllm_plugin.metadata import BlendJob, Handshake, Outcome, SaveJob, StepOutcome
+from kvblend_rag.vllm_plugin.metadata import (
+    BlendJob,
+    Closing,
+    Handshake,
+    Outcome,
+    SaveJob,
+    SeenPrompt,
+    StepOutcome,
+)
 from kvblend_rag.vllm_plugin.paged_kv import PagedKV
 from kvblend_rag.vllm_plugin.ranks import Ranks
 from kvblend_rag.vllm_plugin.survey import Refused, check_shift, refuse_options, survey_layers
@@ -34,7 +43,11 @@ from kvblend_rag.vllm_plugin.writer import Writer
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _ACCOUNTS_KEPT = 512
+_REPORTS_KEPT = 4096
+_SEEN_KEPT = 256
 
 _GIB = 1 << 30
 
@@ -49,6 +62,9 @@ class WorkerSide:
         self._handshake: Handshake | None = None
         self._outcomes: dict[str, Outcome] = {}
         self._accounts: OrderedDict[str, dict[str, float | None]] = OrderedDict()
+        self._reports: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._seen: deque[SeenPrompt] = deque(maxlen=_SEEN_KEPT)
+        self._last_busy = time.monotonic()
         self._paged: PagedKV
         self._blender: Blender
         self._audit: Audit | None = None
@@ -78,6 +94,16 @@ class WorkerSide:
         """Requests that run on an earlier blend's KV: what each left uncovered."""
         for request_id, uncovered in requests.items():
             self._keep_account(request_id, uncovered)
+
+    def note(self, closing: Closing) -> None:
+        """Keep what the front end may ask for: the last reports, and prompts to learn from."""
+        for report in closing.reports:
+            self._reports[report["request_id"]] = report
+            if len(self._reports) > _REPORTS_KEPT:
+                self._reports.popitem(last=False)
+        self._seen.extend(closing.seen)
+        if closing.busy:
+            self._last_busy = time.monotonic()
 
     @torch.inference_mode()
     def save(self, jobs: Iterable[SaveJob]) -> None:
@@ -133,8 +159,30 @@ class WorkerSide:
         Args:
             request_id: as given to vLLM, which makes it its own by a suffix (and a number in front, with n > 1).
         """
-        name = re.compile(rf"(\d+_)?{re.escape(request_id)}(-[0-9a-f]+)?")
-        return next((self._accounts[each] for each in reversed(self._accounts) if name.fullmatch(each)), None)
+        return _of_request(self._accounts, request_id)
+
+    def report(self, request_id: str) -> dict[str, Any] | None:
+        """The report of one of the last requests that ended; None of any other.
+
+        Args:
+            request_id: as ``account`` takes it, or as an answer's ``id`` names it.
+        """
+        return _of_request(self._reports, request_id)
+
+    def take_seen(self, most: int) -> dict[str, Any]:
+        """Prompts to learn chunks from, each told once, and for how many seconds the engine has been idle."""
+        prompts = [self._seen.popleft() for _ in range(min(most, len(self._seen)))]
+        return {
+            "idle": time.monotonic() - self._last_busy,
+            "prompts": [
+                {"tenant": each.tenant, "token_ids": each.token_ids.tolist(), "known": [list(a) for a in each.known]}
+                for each in prompts
+            ],
+        }
+
+    def tiers(self) -> list[dict[str, Any]]:
+        """Name and size of each tier of this rank, the fastest first."""
+        return [] if self._store is None else [{"tier": t.name, "bytes": t.nbytes()} for t in self._store.tiers]
 
     def audit(self, key: str, token_ids: Sequence[int]) -> dict[str, Any]:
         """How far a stored chunk is from what the model computes; see ``Audit.chunk``. For an idle engine alone."""
@@ -212,6 +260,15 @@ def hot_bytes(vllm_config: VllmConfig) -> int:
         return 0
     config = BlendConfig.load(**vllm_config.kv_transfer_config.kv_connector_extra_config)
     return int(config.max_device_gb * _GIB)
+
+
+def _of_request(known: OrderedDict[str, T], request_id: str) -> T | None:
+    """What is known under a name that vLLM made of a request's: with a number in front (n > 1), that of the prompt
+    behind it (completions), and a suffix."""
+    if request_id in known:
+        return known[request_id]
+    name = re.compile(rf"(\d+_)?{re.escape(request_id)}(-\d+)?(-[0-9a-f]+)?")
+    return next((known[each] for each in reversed(known) if name.fullmatch(each)), None)
 
 
 def _fastest_loader(paged: PagedKV) -> Loader:
