@@ -30,13 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 when something was found not to be as it should, 2 for an error of use or of
         the machine, 130 after Ctrl-C.
     """
-    given = vars(_parser().parse_args(arguments))
+    given = parse(arguments)
     if given.pop("takes_engine", False):
         names = ("model", "store", "config", "eager", "verbose")
         given["engine"] = EngineOptions(**{name: given.pop(name) for name in names})
     module, function = given.pop("handler")
+    loud = "rest" in given  # a server's log is the server's own
     try:
-        terminal.hush(verbose="engine" in given and given["engine"].verbose)
+        terminal.hush(verbose=loud or ("engine" in given and given["engine"].verbose))
         run = getattr(importlib.import_module(f"kvblend_rag.commands.{module}"), function)
         return int(run(**given) or 0)
     except KVBlendError as error:
@@ -45,6 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         terminal.complain("Interrupted. What was stored stays stored; run it again to go on.")
         return INTERRUPTED
+
+
+def parse(arguments: Sequence[str] | None) -> dict[str, Any]:
+    """Arguments as a dictionary; what a verb leaves to vLLM is in ``rest``. Ends the process as argparse does."""
+    parser = _parser()
+    given, rest = parser.parse_known_args(arguments)
+    values = vars(given)
+    if values.pop("takes_rest", False):
+        values["rest"] = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return values
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     _ingest(verbs)
     _ask(verbs)
+    _serve(verbs)
     _demo(verbs)
     _verify(verbs)
     _calibrate(verbs)
@@ -117,6 +131,19 @@ def _ask(verbs: Any) -> None:
     parser.add_argument("--plain", action="store_true", help="ask plain vLLM as well, and compare")
     parser.add_argument("--max-tokens", type=int, default=128, help="longest answer (default 128)")
     _json(parser)
+
+
+def _serve(verbs: Any) -> None:
+    parser = _verb(verbs, "serve", "Serve a model over HTTP: `vllm serve` with blending.", ("serve", "run"))
+    parser.usage = "kvblend serve MODEL [--store DIR] [--set NAME=VALUE] [any option of vllm serve]"
+    parser.allow_abbrev = False  # what looks like the beginning of an option of ours may be one of vLLM's
+    parser.set_defaults(takes_rest=True)
+    parser.add_argument("--store", metavar="DIR", help="folder of the chunk store")
+    parser.add_argument("--kvblend-config", metavar="FILE", help="YAML file of settings (--config is vLLM's)")
+    parser.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="a setting; may be repeated"
+    )
+    parser.add_argument("--vllm-help", nargs="?", const="all", metavar="GROUP", help="show the options of vllm serve")
 
 
 def _demo(verbs: Any) -> None:

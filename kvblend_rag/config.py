@@ -53,6 +53,10 @@ class BlendConfig:
     model: str = ""
     """Folder or hub name of the model; may be given where the engine is made instead."""
 
+    base_url: str = ""
+    """Address of a server started by ``kvblend serve``, as ``http://host:8000/v1``: no engine is started here then;
+    store and defaults are the server's."""
+
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Any of vLLM's engine arguments, as ``max_model_len: 4096``."""
 
@@ -180,7 +184,9 @@ class BlendConfig:
 
     def connector_settings(self) -> dict[str, Any]:
         """The part of the settings that travels to vLLM's processes."""
-        return {name: value for name, value in self.to_dict().items() if name not in ("model", "engine_args")}
+        return {
+            name: value for name, value in self.to_dict().items() if name not in ("model", "base_url", "engine_args")
+        }
 
     def __post_init__(self) -> None:
         for name, low, high in (

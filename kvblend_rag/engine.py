@@ -49,6 +49,8 @@ class Engine(ABC):
     """An inference engine with a chunk store."""
 
     info: EngineInfo
+    documents: Any = None
+    """An ``ingest.Documents`` where the store is the engine's own business; None: it is used through ``call``."""
 
     @property
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -57,6 +58,28 @@ class _Pieces:
 
     keys: list[str] = field(default_factory=list)
     reason: str | None = None
+
+
+class Documents(ABC):
+    """The chunk store of an engine that looks after it itself, as a server does."""
+
+    catalogue: Any
+    """Answers what ``Catalogue`` is asked of documents: ``join``, ``members``, ``all_members``, ``chunks_of``,
+    ``missing``."""
+
+    @abstractmethod
+    async def ingest(
+        self, texts: Sequence[Text], ids: Sequence[str] | None, tenant: str, *, replace: bool, progress: bool
+    ) -> IngestReport:
+        """Compute and store the KV of texts; the report is without ``keys``."""
+
+    @abstractmethod
+    async def release(self, ids: Sequence[str], tenant: str) -> int:
+        """Forget documents; how many chunks were deleted."""
+
+    @abstractmethod
+    async def prefetch(self, texts: Sequence[Text], ids: Sequence[str], chunks: Sequence[str], tenant: str) -> int:
+        """Bring chunks into the fastest tier; how many are there now."""
 
 
 class Ingester:
@@ -215,4 +238,4 @@ def raise_if_store_failed(failed: dict[str, str]) -> None:
     raise (StoreFull if full else StoreError)(f"{len(failed)} chunks could not be stored: {reason}.")
 
 
-__all__ = ["MATCHING_WINDOW", "STORING", "IngestReport", "Ingester", "raise_if_store_failed"]
+__all__ = ["MATCHING_WINDOW", "STORING", "Documents", "IngestReport", "Ingester", "raise_if_store_failed"]

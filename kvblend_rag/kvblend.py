@@ -12,18 +12,18 @@ import weakref
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm.auto import tqdm
 
-from kvblend_rag.blend.chunk import TokenIds, chunk_key
+from kvblend_rag.blend.chunk import TokenIds, chunk_key, namespace
 from kvblend_rag.calibration.risk import DEFAULT_RISK
 from kvblend_rag.calibration.verdict import Verdict, find_verdict
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.engine import Engine, Prompt
 from kvblend_rag.errors import VLLM_MISSING, ConfigError, EngineUnavailable
 from kvblend_rag.guard import Guard
-from kvblend_rag.ingest import Ingester, IngestReport, Text, raise_if_store_failed
+from kvblend_rag.ingest import Documents, Ingester, IngestReport, Text, raise_if_store_failed
 from kvblend_rag.output import RequestOutput
 from kvblend_rag.selectors import get_selector
 from kvblend_rag.store import Catalogue, open_catalogue, open_store
@@ -34,11 +34,13 @@ class KVBlend:
 
     Args:
         config: every setting, the model's name among them.
-        engine: one that runs already; None starts vLLM when it is first needed.
+        engine: one that runs already; None starts vLLM when it is first needed, or connects to ``base_url``.
+        api_key: of the server at ``base_url``; empty: ``KVBLEND_API_KEY``, or ``OPENAI_API_KEY``.
     """
 
-    def __init__(self, config: BlendConfig, engine: Engine | None = None) -> None:
+    def __init__(self, config: BlendConfig, engine: Engine | None = None, *, api_key: str = "") -> None:
         self.config = config
+        self._api_key = api_key
         self._engine = engine
         self._catalogue: Catalogue | None = None
         self._ingester: Ingester | None = None
@@ -48,9 +50,9 @@ class KVBlend:
         _open_handles.add(self)
 
     @classmethod
-    def from_config(cls, path: str | Path | None = None, **settings: Any) -> KVBlend:
+    def from_config(cls, path: str | Path | None = None, *, api_key: str = "", **settings: Any) -> KVBlend:
         """From a YAML file (or ``KVBLEND_CONFIG_FILE``, variables and defaults) and keyword arguments."""
-        return cls(BlendConfig.load(path, **settings))
+        return cls(BlendConfig.load(path, **settings), api_key=api_key)
 
     @property
     def engine(self) -> Engine:
@@ -64,8 +66,19 @@ class KVBlend:
             if self._closed:
                 raise EngineUnavailable("This engine was closed: make a new one.")
             if self._engine is None:
-                self._engine = _launch(self.config)
+                self._engine = _launch(self.config, self._api_key)
             return self._engine
+
+    def for_tenant(self, tenant: str) -> KVBlend:
+        """A handle on the same engine and store for another tenant's chunks.
+
+        Closing either closes the engine for both.
+        """
+        if tenant == self.config.tenant:
+            return self
+        other = KVBlend(self.config.replace(tenant=tenant), self.engine)
+        other._catalogue = self.catalogue
+        return other
 
     @property
     def started(self) -> bool:
@@ -79,7 +92,10 @@ class KVBlend:
 
     @property
     def catalogue(self) -> Catalogue:
-        """Which chunks are stored and which documents hold them."""
+        """Which chunks are stored and which documents hold them; of a server, what ``Documents.catalogue`` tells."""
+        theirs = self._documents
+        if theirs is not None:
+            return cast(Catalogue, theirs.catalogue)
         with self._lock:
             if self._catalogue is None:
                 self._catalogue = open_catalogue(self.config)
@@ -93,6 +109,8 @@ class KVBlend:
             ConfigError: the verdict's file can't be read.
         """
         info = self.engine.info
+        if self.config.base_url:
+            return None  # the server heeds its own
         return find_verdict(self.config, info.fingerprint, info.context)
 
     def stream(
@@ -155,6 +173,10 @@ class KVBlend:
         several: list[Text] = [texts] if isinstance(texts, str) else list(texts)
         if document_ids is not None and len(document_ids) != len(several):
             raise ConfigError(f"{len(several)} texts came with {len(document_ids)} document ids: give one each.")
+        theirs = self._documents
+        if theirs is not None:
+            self.check_can_ingest()
+            return await theirs.ingest(several, document_ids, self.config.tenant, replace=False, progress=progress)
         started = time.perf_counter()
         ingester = self._ready_ingester()
         with tqdm(total=None, desc="Precomputing KV", unit="chunk", disable=not progress) as bar:
@@ -178,6 +200,10 @@ class KVBlend:
         self, texts: Sequence[Text], *, document_ids: Sequence[str], progress: bool = True
     ) -> IngestReport:
         """``replace`` for callers in an event loop."""
+        theirs = self._documents
+        if theirs is not None:
+            self.check_can_ingest()
+            return await theirs.ingest(texts, document_ids, self.config.tenant, replace=True, progress=progress)
         report = await self.aingest(texts, document_ids=document_ids, progress=progress)
         kept: dict[str, list[str]] = {}
         for document_id, keys in zip(document_ids, report.keys, strict=True):
@@ -186,6 +212,25 @@ class KVBlend:
         if free:
             await self.engine.call("forget", free)
         return report
+
+    def check_can_ingest(self) -> None:
+        """Raise if chunks can't be precomputed; starts the engine.
+
+        Raises:
+            ConfigError: this model can't be blended.
+        """
+        info = self.engine.info
+        if info.refusal is not None:
+            raise ConfigError(
+                f"Chunks can't be precomputed for {info.model}: {info.refusal}. "
+                "Prompts are answered by an ordinary prefill."
+            )
+
+    @property
+    def namespace(self) -> str:
+        """What model, ingest context and tenant make of a chunk's key; starts the engine."""
+        info = self.engine.info
+        return namespace(info.fingerprint, info.context, self.config.tenant)
 
     def cut(self, text: Text) -> list[tuple[str, TokenIds]]:
         """A text's chunks as ``ingest`` makes them: key and token ids.
@@ -204,12 +249,15 @@ class KVBlend:
         Returns:
             How many chunks were deleted.
         """
-        if self.started:
+        if self.started or self.config.base_url:
             return self.engine.run(self.arelease(document_ids))
         return len(self._delete_unheld(self._let_go(document_ids)))
 
     async def arelease(self, document_ids: Sequence[str]) -> int:
         """``release`` for callers in an event loop."""
+        theirs = self._documents
+        if theirs is not None:
+            return await theirs.release(document_ids, self.config.tenant)
         free = self._let_go(document_ids)
         if not self.started:
             return len(await asyncio.to_thread(self._delete_unheld, free))
@@ -225,23 +273,33 @@ class KVBlend:
         with contextlib.closing(open_store(self.config)) as store:
             return store.delete_unheld(keys)
 
-    def prefetch(self, texts: Sequence[Text] = (), *, document_ids: Sequence[str] = ()) -> int:
+    def prefetch(
+        self, texts: Sequence[Text] = (), *, document_ids: Sequence[str] = (), chunks: Sequence[str] = ()
+    ) -> int:
         """Bring chunks into the fastest tier before a prompt asks for them.
 
         Args:
             texts: as they were ingested; those that never were are passed over.
             document_ids: documents whose chunks are wanted; unknown ones are passed over.
+            chunks: keys of chunks; those that are not this tenant's are passed over.
 
         Returns:
             How many are there now.
         """
-        return self.engine.run(self.aprefetch(texts, document_ids=document_ids))
+        return self.engine.run(self.aprefetch(texts, document_ids=document_ids, chunks=chunks))
 
-    async def aprefetch(self, texts: Sequence[Text] = (), *, document_ids: Sequence[str] = ()) -> int:
+    async def aprefetch(
+        self, texts: Sequence[Text] = (), *, document_ids: Sequence[str] = (), chunks: Sequence[str] = ()
+    ) -> int:
         """``prefetch`` for callers in an event loop."""
+        theirs = self._documents
+        if theirs is not None:
+            return await theirs.prefetch(texts, document_ids, chunks, self.config.tenant)
         held = self.catalogue.chunks_of(document_ids, self.config.tenant) if document_ids else {}
         keys = [key for own in held.values() for key in own]
         keys += [key for text in texts for key in self._ready_ingester().keys(text)]
+        if chunks:
+            keys += self.catalogue.among(chunks, self.namespace)
         return max(await self.engine.call("prefetch", keys), default=0) if keys else 0
 
     def close(self) -> None:
@@ -260,20 +318,33 @@ class KVBlend:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @property
+    def _cutting(self) -> BlendConfig:
+        """The configuration by which texts are cut: a server's where it does so."""
+        size = getattr(self.engine, "settings", {}).get("chunk_size")
+        return self.config if size is None else self.config.replace(chunk_size=int(size))
+
+    @property
+    def _documents(self) -> Documents | None:
+        """The store that is the engine's own business; nothing but a connection is started by asking."""
+        return self.engine.documents if self.started or self.config.base_url else None
+
     def _ready_ingester(self) -> Ingester:
+        self.check_can_ingest()
         engine = self.engine
-        if engine.info.refusal is not None:
-            raise ConfigError(
-                f"Chunks can't be precomputed for {engine.info.model}: {engine.info.refusal}. "
-                "Prompts are answered by an ordinary prefill."
-            )
         with self._lock:
             if self._ingester is None:
-                self._ingester = Ingester(engine, self.catalogue, self.config)
+                self._ingester = Ingester(engine, self.catalogue, self._cutting)
             return self._ingester
 
 
-def _launch(config: BlendConfig) -> Engine:
+def _launch(config: BlendConfig, api_key: str) -> Engine:
+    if config.base_url:
+        if config.engine_args:
+            raise ConfigError("engine_args are for an engine that is started here, and base_url names a server.")
+        from kvblend_rag.client.engine import HTTPEngine
+
+        return HTTPEngine(config.base_url, api_key, config.model)
     if importlib.util.find_spec("vllm") is None:
         raise EngineUnavailable(VLLM_MISSING)
     from kvblend_rag.vllm_plugin.engine import VLLMEngine

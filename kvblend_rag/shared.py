@@ -13,17 +13,17 @@ _handles: dict[str, KVBlend] = {}
 _users: dict[str, int] = {}
 
 
-def shared_handle(config: BlendConfig) -> KVBlend:
+def shared_handle(config: BlendConfig, api_key: str = "") -> KVBlend:
     """The handle of this configuration, made when nobody has it; each call is one user of it.
 
     No engine is started by this. Configurations are the same when all their effective settings are. A handle
     nobody releases stays until the process ends, so that a second model of the configuration starts at once.
     """
-    key = _key(config)
+    key = _key(config, api_key)
     with _lock:
         handle = _handles.get(key)
         if handle is None or handle.closed:
-            handle = _handles[key] = KVBlend(config)
+            handle = _handles[key] = KVBlend(config, api_key=api_key)
             _users[key] = 0
         _users[key] += 1
         return handle
@@ -35,9 +35,9 @@ def release_handle(kv: KVBlend) -> bool:
     Returns:
         Whether it was closed now. A handle that came from elsewhere is left alone.
     """
-    key = _key(kv.config)
     with _lock:
-        if _handles.get(key) is not kv:
+        key = next((key for key, handle in _handles.items() if handle is kv), None)
+        if key is None:
             return False
         _users[key] -= 1
         if _users[key] > 0:
@@ -47,8 +47,8 @@ def release_handle(kv: KVBlend) -> bool:
     return True
 
 
-def _key(config: BlendConfig) -> str:
-    return json.dumps(config.to_dict(), sort_keys=True, default=repr)
+def _key(config: BlendConfig, api_key: str) -> str:
+    return json.dumps([config.to_dict(), api_key], sort_keys=True, default=repr)
 
 
 __all__ = ["release_handle", "shared_handle"]

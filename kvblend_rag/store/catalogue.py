@@ -85,6 +85,14 @@ class Catalogue:
             present = {key for (key,) in found}
         return [key for key in keys if key not in present]
 
+    def among(self, keys: Iterable[str], namespace: str) -> list[str]:
+        """Those of the keys, in their order, that are registered by all their ranks in a namespace."""
+        keys = list(dict.fromkeys(keys))
+        with self._database.reading() as sql:
+            query = f"SELECT key FROM chunk WHERE complete AND namespace = ? AND {tables.AMONG}"
+            present = {key for (key,) in sql.execute(query, (namespace, json.dumps(keys)))}
+        return [key for key in keys if key in present]
+
     def remove(self, keys: Iterable[str], unless_held: bool = False) -> list[str]:
         """Drop the rows of chunks, before their files go; returns the keys that have no row now.
 

@@ -165,6 +165,9 @@ class FakeEngine(Engine):
     async def call(self, method: str, *arguments: Any) -> list[Any]:
         """See :meth:`Engine.call`: ``flush``, ``prefetch`` and ``forget`` do their work on the catalogue."""
         self.calls.append((method, arguments))
+        if method == "report":
+            reports = {each.request_id: each.report.to_dict() for each in self.requests}
+            return [reports.get(arguments[0])]
         return [self._shelf.call(method, *arguments)]
 
     async def reset_prefix_cache(self) -> None:

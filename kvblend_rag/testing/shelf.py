@@ -57,6 +57,8 @@ class FakeShelf:
             return [] if self._catalogue is None else self._catalogue.remove(arguments[0], unless_held=True)
         if method == "account":
             return self._accounts.get(arguments[0])
+        if method == "tiers":
+            return []
         raise ConfigError(f"A FakeEngine has no method {method!r}.")
 
     def report(self, request_id: str, prompt: TokenIds, options: dict[str, Any]) -> BlendReport:

@@ -86,6 +86,15 @@ def keep_first_runner() -> None:
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 
 
+def configure_logging(arguments: Any) -> None:
+    """Have vLLM's log options take effect, where a server's arguments have such: since 0.32."""
+    from vllm import logger
+
+    configure = getattr(logger, "configure_logging_from_args", None)
+    if configure is not None:
+        configure(arguments)
+
+
 def chat_request(**fields: Any) -> Any:
     """vLLM's ``ChatCompletionRequest``, which its parsers read; it wants no ``tool_choice`` without tools."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -104,6 +113,7 @@ def show_prompt(parser: Any, prompt: list[int]) -> None:
 __all__ = [
     "chat_request",
     "common_metadata",
+    "configure_logging",
     "find_connector",
     "keep_first_runner",
     "platform_worker",

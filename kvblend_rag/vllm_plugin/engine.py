@@ -43,18 +43,16 @@ class VLLMEngine(Engine):
     Use :meth:`launch` to start one, :meth:`adopt` for one that runs already.
     """
 
-    def __init__(self, llm: AsyncLLM, loop: LoopThread, *, owned: bool) -> None:
+    def __init__(
+        self, llm: AsyncLLM, loop: LoopThread, *, owned: bool, described: list[dict[str, Any]] | None = None
+    ) -> None:
         self._llm, self._loop, self._owned = llm, loop, owned
         self._ids = itertools.count()
         self._defaults = llm.vllm_config.model_config.get_diff_sampling_param()
         self._closed = False
         model = llm.vllm_config.model_config
-        try:
-            described: list[dict[str, Any]] = self.run(self.call("describe"))
-        except Exception as error:
-            raise ConfigError(
-                "This engine runs without kvblend: start it with vllm_plugin.launch.connector_arguments(config)."
-            ) from error
+        if described is None:
+            described = loop.run(_describe(llm))
         first = min(described, key=lambda each: int(each["rank"]))
         self.info = EngineInfo(
             model=str(model.model),
@@ -109,6 +107,16 @@ class VLLMEngine(Engine):
         if loop is not None and loop is own:
             raise ConfigError("The engine lives in this thread's event loop: call from_engine from another thread.")
         return cls(llm, LoopThread(loop), owned=False)
+
+    @classmethod
+    async def inside(cls, llm: AsyncLLM) -> VLLMEngine:
+        """Use the ``AsyncLLM`` of a server, from its own event loop; ``run`` must not be called there.
+
+        Raises:
+            ConfigError: it runs without the connector.
+        """
+        described = await _describe(llm)
+        return cls(llm, LoopThread(asyncio.get_running_loop()), owned=False, described=described)
 
     @property
     def tokenizer(self) -> Any:
@@ -223,6 +231,15 @@ class VLLMEngine(Engine):
             raise EngineUnavailable("vLLM's engine has died; its log tells why. Make a new one.") from error
         except (ValueError, VLLMValidationError) as error:
             raise _explained(error, self.info) from error
+
+
+async def _describe(llm: AsyncLLM) -> list[dict[str, Any]]:
+    try:
+        return list(await llm.collective_rpc("kvblend", args=("describe",)))
+    except Exception as error:
+        raise ConfigError(
+            "This engine runs without kvblend: start it with vllm_plugin.launch.connector_arguments(config)."
+        ) from error
 
 
 def _as_vllm_prompt(prompt: Prompt) -> Any:

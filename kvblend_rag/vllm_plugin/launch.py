@@ -35,14 +35,16 @@ prompt fits then, and starting takes two seconds more."""
 
 def connector_arguments(config: BlendConfig) -> dict[str, Any]:
     """The arguments that add kvblend to any vLLM engine: ``vllm.LLM(model, **connector_arguments(config))``."""
+    return {"kv_transfer_config": KVTransferConfig(**transfer_settings(config)), "worker_cls": WORKER_CLASS}
+
+
+def transfer_settings(config: BlendConfig) -> dict[str, Any]:
+    """What ``--kv-transfer-config`` holds, as JSON."""
     return {
-        "kv_transfer_config": KVTransferConfig(
-            kv_connector=CONNECTOR,
-            kv_connector_module_path=CONNECTOR_MODULE,
-            kv_role="kv_both",
-            kv_connector_extra_config=config.connector_settings(),
-        ),
-        "worker_cls": WORKER_CLASS,
+        "kv_connector": CONNECTOR,
+        "kv_connector_module_path": CONNECTOR_MODULE,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": config.connector_settings(),
     }
 
 
@@ -62,22 +64,23 @@ def start(model: str, config: BlendConfig, **options: Any) -> AsyncLLM:
     unsupported = compat.unsupported_version()
     if unsupported is not None:
         raise EngineUnavailable(unsupported)
-    _check_model(model)
+    check_model(model)
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     unknown = sorted(options.keys() - known)
     if unknown:
         raise ConfigError(f"vLLM {compat.version()} has no engine argument {unknown[0]!r}.")
     if PROCESSOR in (options.get("logits_processors") or ()):
         compat.keep_first_runner()
-    arguments = {"model": model, **_platform_defaults(options), **options, **connector_arguments(config)}
+    arguments = {"model": model, **platform_defaults(options), **options, **connector_arguments(config)}
     try:
         with _main_module_hidden():
             return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
     except Exception as error:
-        raise EngineUnavailable(f"vLLM did not start with {model}: {_root_cause(error)}") from error
+        raise EngineUnavailable(f"vLLM did not start with {model}: {root_cause(error)}") from error
 
 
-def _platform_defaults(options: dict[str, Any]) -> dict[str, Any]:
+def platform_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    """Engine arguments that suit this machine, beside those given."""
     defaults: dict[str, Any] = {"disable_log_stats": False}  # the times come from its statistics
     if current_platform.is_cpu():
         memory = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
@@ -96,7 +99,13 @@ def _fast_bfloat16() -> bool:
     return any(check() for check in checks if check is not None)
 
 
-def _check_model(model: str) -> None:
+def check_model(model: str) -> None:
+    """Raise if a model's name can be nothing that exists.
+
+    Raises:
+        ConfigError: no model is named.
+        ModelNotFound: there is no such folder, or it holds no model.
+    """
     if not model:
         raise ConfigError("No model is named: pass model='FOLDER or hub name'.")
     path = Path(model).expanduser()
@@ -125,11 +134,22 @@ def _main_module_hidden() -> Iterator[None]:
             setattr(main, name, value)
 
 
-def _root_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
+    """The first line of what went wrong first."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0].strip() if lines else type(error).__name__
 
 
-__all__ = ["CONNECTOR", "CONNECTOR_MODULE", "WORKER_CLASS", "connector_arguments", "start"]
+__all__ = [
+    "CONNECTOR",
+    "CONNECTOR_MODULE",
+    "WORKER_CLASS",
+    "check_model",
+    "connector_arguments",
+    "platform_defaults",
+    "root_cause",
+    "start",
+    "transfer_settings",
+]

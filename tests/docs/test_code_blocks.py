@@ -75,7 +75,7 @@ def test_python_runs_on_the_reader(pages: Any, name: str, real: None, surroundin
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_exist(pages: Any, name: str) -> None:
     """Command lines are parsed by the real parser, targets looked up in the Makefile."""
-    from kvblend_rag.cli import _parser
+    from kvblend_rag.cli import parse
 
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for block in of(pages, name, "console"):
@@ -83,7 +83,7 @@ def test_commands_exist(pages: Any, name: str) -> None:
             assert line.startswith("$ "), f"{block.place}: {line}"
             program, *arguments = shlex.split(line.removeprefix("$ "))
             if program == "kvblend":
-                _parser().parse_args(arguments)
+                parse(arguments)
             elif program == "make":
                 assert arguments[0] in targets, f"{block.place}: {line}"
             elif program == "python":

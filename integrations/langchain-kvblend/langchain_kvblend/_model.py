@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from langchain_core.documents import Document
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from kvblend_rag.chat import Chat
 from kvblend_rag.config import BlendConfig
@@ -41,8 +41,8 @@ _SAMPLING = (
     "repetition_penalty",
 )
 _ALIASES = {"max_completion_tokens": "max_tokens", "stop_sequences": "stop", "model_kwargs": "extra"}
-_OF_HOSTED_MODELS = frozenset({"api_key", "base_url", "model_provider", "organization"})
-"""Standard arguments of LangChain's models that mean nothing to one in the same process: passed over."""
+_OF_HOSTED_MODELS = frozenset({"model_provider", "organization"})
+"""Standard arguments of LangChain's models that mean nothing here: passed over."""
 _OF_LANGCHAIN = frozenset({"ls_structured_output_format", "stream", "structured_output_format"})
 _REMEMBERED = 256
 
@@ -60,6 +60,13 @@ class EngineModel(BaseModel):
 
     kv: KVBlend | None = Field(default=None, exclude=True, repr=False)
     """Engine and store to use, instead of ``model`` and the three below."""
+
+    base_url: str | None = Field(default=None, validation_alias=AliasChoices("base_url", "openai_api_base"))
+    """Address of a server started by ``kvblend serve``, as ``http://host:8000/v1``; no engine is started here then, and
+    ``model`` is the name it serves."""
+
+    api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
+    """Of that server; ``KVBLEND_API_KEY`` or ``OPENAI_API_KEY`` when not given."""
 
     config_file: str | Path | None = None
     """A kvblend YAML file; ``KVBLEND_CONFIG_FILE`` when not given."""
@@ -119,7 +126,14 @@ class EngineModel(BaseModel):
         if not isinstance(values, Mapping):
             return values
         given = {name: value for name, value in values.items() if name not in _OF_HOSTED_MODELS}
-        known = [*cls.model_fields, "model_name", "max_completion_tokens", "request_timeout", "stop_sequences"]
+        known = [
+            *cls.model_fields,
+            "model_name",
+            "openai_api_base",
+            "max_completion_tokens",
+            "request_timeout",
+            "stop_sequences",
+        ]
         for name in given:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
@@ -136,13 +150,16 @@ class EngineModel(BaseModel):
         if self.kv is not None:
             # An engine without a model's name in its configuration was handed over and runs already.
             own = self.kv.config.model or self.kv.engine.info.model
-            if self.config_file or self.settings or self.engine_args or self.model not in ("", own):
+            others = (self.config_file, self.settings, self.engine_args, self.base_url)
+            if any(others) or self.model not in ("", own):
                 raise ConfigError("Give kv, or model with its settings: a KVBlend has its configuration already.")
             self._config, self.model = self.kv.config, own
             return self
         settings = dict(self.settings)
         if self.model:
             settings["model"] = self.model
+        if self.base_url:
+            settings["base_url"] = self.base_url
         if self.engine_args:
             settings["engine_args"] = self.engine_args
         self._config = BlendConfig.load(self.config_file, **settings)
@@ -158,7 +175,8 @@ class EngineModel(BaseModel):
             return self.kv
         with self._lock:
             if self._own is None:
-                self._own = shared_handle(self._config)
+                key = self.api_key.get_secret_value() if self.api_key is not None else ""
+                self._own = shared_handle(self._config, key)
             return self._own
 
     def close(self) -> None:

@@ -53,7 +53,10 @@ class KVBlendLLM(FunctionCallingLLM):
 
     Args:
         model: folder or hub name of the model.
-        kv: engine and store; instead of ``model`` and the three below.
+        kv: engine and store; instead of ``model`` and the five below.
+        base_url: address of a server started by ``kvblend serve``, as ``http://host:8000/v1``; no engine is started
+            here then, and ``model`` is the name it serves.
+        api_key: of that server; ``KVBLEND_API_KEY`` or ``OPENAI_API_KEY`` when not given.
         config_file: a kvblend YAML file; ``KVBLEND_CONFIG_FILE`` when not given.
         settings: settings of kvblend (``BlendConfig``), such as ``store_path``.
         engine_args: vLLM's engine arguments, such as ``max_model_len``.
@@ -91,12 +94,15 @@ class KVBlendLLM(FunctionCallingLLM):
     _kv: KVBlend | None = PrivateAttr(default=None)
     _chat: tuple[tuple[str | None, str | None, float | None], Chat] | None = PrivateAttr(default=None)
     _config: BlendConfig | None = PrivateAttr(default=None)
+    _api_key: str = PrivateAttr(default="")
 
     def __init__(
         self,
         model: str | None = None,
         *,
         kv: KVBlend | None = None,
+        base_url: str | None = None,
+        api_key: str | None = None,
         config_file: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
         engine_args: Mapping[str, Any] | None = None,
@@ -104,18 +110,23 @@ class KVBlendLLM(FunctionCallingLLM):
     ) -> None:
         if isinstance(fields.get("stop"), str):
             fields["stop"] = [fields["stop"]]
-        given = {"model": model, **(settings or {}), "engine_args": engine_args and dict(engine_args)}
+        given = {
+            "model": model,
+            "base_url": base_url,
+            **(settings or {}),
+            "engine_args": engine_args and dict(engine_args),
+        }
         given = {name: value for name, value in given.items() if value is not None}
         if kv is None:
             config = BlendConfig.load(config_file, **given)
             if not config.model:
                 raise ConfigError("Which model? Give model=…, kv=…, or a configuration that names one.")
         elif given or config_file is not None:
-            raise ConfigError("Give either kv, or model, config_file, settings and engine_args.")
+            raise ConfigError("Give either kv, or model, base_url, config_file, settings and engine_args.")
         else:
             config = kv.config
         super().__init__(model=config.model, **fields)
-        self._config, self._kv = config, kv
+        self._config, self._kv, self._api_key = config, kv, api_key or ""
 
     @classmethod
     def class_name(cls) -> str:
@@ -127,7 +138,7 @@ class KVBlendLLM(FunctionCallingLLM):
         """Engine and store, shared with other models of this configuration; does not start the engine."""
         if self._kv is None:
             assert self._config is not None
-            self._kv = shared_handle(self._config)
+            self._kv = shared_handle(self._config, self._api_key)
         return self._kv
 
     def close(self) -> None:
