@@ -70,7 +70,8 @@ class ServedTurn(Turn):
 
     def delta(self, index: int, text: str, token_ids: Sequence[int], finished: bool) -> Parsed:
         """See :meth:`Turn.delta`."""
-        return self.params.parsed.popleft()
+        parsed: deque[Parsed] = self.params.parsed
+        return parsed.popleft()
 
     def whole(self, text: str, token_ids: Sequence[int]) -> Parsed:
         """See :meth:`Turn.whole`."""

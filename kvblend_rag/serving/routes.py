@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Coroutine
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -30,6 +30,8 @@ from kvblend_rag.serving.schemas import (
 from kvblend_rag.serving.service import Service
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PREFIX = "/v1/kvblend"
 
@@ -142,7 +144,7 @@ def _service(request: Request) -> Service:
     raise HTTPException(503, f"This server does not blend: {reason}.")
 
 
-def _found(answer: Any, otherwise: str) -> Any:
+def _found(answer: T | None, otherwise: str) -> T:
     if answer is None:
         raise HTTPException(404, otherwise)
     return answer

@@ -127,7 +127,7 @@ class Service:
             return kv.catalogue.stats(), sum(each.tenant == tenant for each in kv.catalogue.documents())
 
         counts, documents = await asyncio.to_thread(ask)
-        tiers = next(iter(await self._kv.engine.call("tiers")), [])
+        tiers: list[dict[str, Any]] = next(iter(await self._kv.engine.call("tiers")), [])
         return Stats(
             chunks=counts["chunks"],
             tokens=counts["tokens"],

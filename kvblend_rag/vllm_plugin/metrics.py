@@ -129,9 +129,10 @@ class BlendMetrics(KVConnectorPromMetrics):
                 self._counters[name].labels(*self.per_engine_labelvalues[engine_idx], value).inc(count)
 
 
-def metric_names() -> list[str]:
-    """Every metric as Prometheus names it."""
-    return [f"vllm:kvblend_{name}_total" for name in _METRICS] + ["vllm:kvblend_gate"]
+def metric_labels() -> dict[str, str]:
+    """Every metric as Prometheus names it, and its own label."""
+    counters = {f"vllm:kvblend_{name}_total": label for name, (label, _) in _METRICS.items()}
+    return {**counters, "vllm:kvblend_gate": "state"}
 
 
-__all__ = ["GATE_STATES", "BlendMetrics", "BlendStats", "metric_names"]
+__all__ = ["GATE_STATES", "BlendMetrics", "BlendStats", "metric_labels"]

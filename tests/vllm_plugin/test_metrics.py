@@ -14,7 +14,7 @@ from kvblend_rag.blend.cause import CAUSES
 from kvblend_rag.ingest import STORING
 from kvblend_rag.report import BlendReport, ChunkUse, TierLoad
 from kvblend_rag.vllm_plugin.connector import KVBlendConnector
-from kvblend_rag.vllm_plugin.metrics import BlendStats, metric_names
+from kvblend_rag.vllm_plugin.metrics import BlendStats, metric_labels
 
 BLENDED = BlendReport(
     prompt_tokens=100,
@@ -106,4 +106,4 @@ def test_metrics_of_two_engines():
     assert 'vllm:kvblend_gate{engine="1",model_name="m",state="open"} 0.0' in shown
     assert 'vllm:kvblend_gate{engine="1",model_name="m",state="verdict"} 1.0' in shown
     named = set(re.findall(r"^# TYPE (vllm:kvblend_\w+) ", shown, re.M))
-    assert named - {name for name in named if name.endswith("_created")} == set(metric_names())
+    assert named - {name for name in named if name.endswith("_created")} == set(metric_labels())

@@ -1,0 +1,127 @@
+"""A real server, `kvblend serve` over a tiny random model; one a session, and stopped before an engine starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+START_S = 600
+API_KEY = "a-key-of-the-tests"
+MODEL = "tiny"
+SEEN_TIMES = 3
+
+
+@dataclass
+class Server:
+    """A server's address, and what is asked of it beside answers."""
+
+    url: str
+    log: Path
+    key: str = API_KEY
+    model: str = MODEL
+    seen_times: int = SEEN_TIMES
+
+    @cached_property
+    def routes(self) -> Any:
+        """A client of our routes."""
+        import httpx
+
+        headers = {"Authorization": f"Bearer {API_KEY}"}
+        return httpx.Client(base_url=f"{self.url}/v1/kvblend", headers=headers, timeout=120)
+
+    @cached_property
+    def openai(self) -> Any:
+        """The real client."""
+        from openai import OpenAI
+
+        return OpenAI(base_url=f"{self.url}/v1", api_key=API_KEY, max_retries=0)
+
+    def metrics(self) -> dict[str, float]:
+        """Our counters and gauges, by name and label."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            shown = answer.read().decode()
+        labels = "group|outcome|step|tier|reason|state"
+        line = rf'^vllm:kvblend_(\w+?)(?:_total)?\{{.*?(?:{labels})="(\w+)".*?\}} (\S+)$'
+        found = re.findall(line, shown, re.MULTILINE)
+        return {f"{name} {value}": float(count) for name, value, count in found}
+
+    def ingest(self, **body: Any) -> dict[str, Any]:
+        """An ingest job that has ended."""
+        answer = self.routes.post("/documents", json=body)
+        assert answer.status_code == 202, answer.text
+        job = answer.json()
+        while job["state"] in ("waiting", "running"):
+            time.sleep(0.1)
+            job = self.routes.get(f"/jobs/{job['id']}").json()
+        return dict(job)
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def running(command: list[str], folder: Path, **environment: str) -> Iterator[Server]:
+    """A server process on a free port, until the block ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / "log.txt"
+    with log.open("w") as lines:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=lines,
+            stderr=lines,
+            start_new_session=True,
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **environment},
+        )
+    made = Server(f"http://127.0.0.1:{port}", log)
+    try:
+        end = time.monotonic() + START_S
+        while not _healthy(made.url):
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < end, log.read_text()[-4000:]
+            time.sleep(0.5)
+        yield made
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
+@pytest.fixture(scope="session")
+def server(rigs: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`kvblend serve` with an API key, tool calls, and learning from prompts."""
+    pytest.importorskip("vllm")
+    rigs.close()
+    folder = tmp_path_factory.mktemp("served")
+    command = [sys.executable, "-m", "kvblend_rag.cli", "serve", str(rigs.model("llama"))]
+    command += ["--store", str(folder / "store"), "--set", "selector=first", "--set", "learn_seen=true"]
+    command += ["--set", f"seen_times={SEEN_TIMES}", "--served-model-name", MODEL, "--api-key", API_KEY]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1536", "--max-num-batched-tokens", "512"]
+    command += ["--kv-cache-memory-bytes", str(1 << 28)]
+    command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    with running(command, folder) as made:
+        yield made
