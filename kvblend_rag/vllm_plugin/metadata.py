@@ -94,7 +94,7 @@ class StepPlan(KVConnectorMetadata):
     saves: list[SaveJob] = field(default_factory=list)
     met_again: dict[str, float | None] = field(default_factory=dict)
     """Requests that run on an earlier blend's KV out of the prefix cache, and what that left uncovered."""
-    closing: Closing = field(default_factory=lambda: Closing())
+    closing: Closing = field(default_factory=Closing)
     """What the last step ended."""
 
 
