@@ -94,9 +94,7 @@ class HTTPEngine(Engine):
     def turn(self, request: ChatRequest, *, stream: bool = False) -> Turn:
         """See :meth:`Engine.turn`; the server chose its parsers when it was started."""
         if request.tool_parser or request.reasoning_parser:
-            raise ConfigError(
-                "A server chose its parsers when it was started: leave tool_parser and reasoning_parser out."
-            )
+            raise ConfigError("A server has its parsers chosen at start: leave tool_parser and reasoning_parser out.")
         results = any(message.get("role") == "tool" for message in request.messages)
         warnings = (ESCAPED,) if results and self._escapes else ()
         return ServedTurn(request, self._model, stream, warnings)

@@ -127,6 +127,16 @@ REASONS = {
         *raised("vllm_plugin/engine.py", "ConfigError", "EngineUnavailable"),
         *raised("vllm_plugin/expected.py", "EngineUnavailable"),
     ],
+    "serve": [
+        *raised("vllm_plugin/serve.py", "ConfigError", "EngineUnavailable"),
+        *raised("commands/serve.py", "ConfigError"),
+        *raised("serving/jobs.py", "QueueFull"),
+    ],
+    "client": [
+        *raised("client/connection.py", "ConfigError", "EngineUnavailable", "RequestTimeout"),
+        *raised("client/engine.py", "ConfigError"),
+        *constants("client/connection.py", "CLIENT_MISSING"),
+    ],
 }
 NOT_FOR_USERS = {"vLLM does not accept the request: …"}
 
