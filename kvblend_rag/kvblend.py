@@ -66,7 +66,8 @@ class KVBlend:
             if self._closed:
                 raise EngineUnavailable("This engine was closed: make a new one.")
             if self._engine is None:
-                self._engine = _launch(self.config, self._api_key)
+                served = self.config.base_url
+                self._engine = _connect(self.config, self._api_key) if served else _launch(self.config)
             return self._engine
 
     def for_tenant(self, tenant: str) -> KVBlend:
@@ -338,13 +339,15 @@ class KVBlend:
             return self._ingester
 
 
-def _launch(config: BlendConfig, api_key: str) -> Engine:
-    if config.base_url:
-        if config.engine_args:
-            raise ConfigError("engine_args are for an engine that is started here, and base_url names a server.")
-        from kvblend_rag.client.engine import HTTPEngine
+def _connect(config: BlendConfig, api_key: str) -> Engine:
+    if config.engine_args:
+        raise ConfigError("engine_args are for an engine that is started here, and base_url names a server.")
+    from kvblend_rag.client.engine import HTTPEngine
 
-        return HTTPEngine(config.base_url, api_key, config.model)
+    return HTTPEngine(config.base_url, api_key, config.model)
+
+
+def _launch(config: BlendConfig) -> Engine:
     if importlib.util.find_spec("vllm") is None:
         raise EngineUnavailable(VLLM_MISSING)
     from kvblend_rag.vllm_plugin.engine import VLLMEngine

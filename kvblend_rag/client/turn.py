@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +58,8 @@ class ServedTurn(Turn):
         body["messages"] = [dict(each) for each in request.messages]
         choice = request.choice()
         if request.tools and choice != "none":
-            body["tools"] = [dict(each) for each in request.tools]
+            forced = choice != "auto"
+            body["tools"] = [_strict(each) if forced else dict(each) for each in request.tools]
             body["parallel_tool_calls"] = request.parallel_tool_calls
             named = {"type": "function", "function": {"name": choice[0]}}
             body["tool_choice"] = named if isinstance(choice, tuple) else choice
@@ -77,6 +78,11 @@ class ServedTurn(Turn):
         """See :meth:`Turn.whole`."""
         parsed: deque[Parsed] = self.params.parsed
         return parsed.popleft() if parsed else Parsed(text=text)
+
+
+def _strict(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the mark, vLLM constrains a call's syntax and not its arguments."""
+    return {**tool, "function": {**tool["function"], "strict": True}}
 
 
 def request_body(settings: Sampling, model: str, *, chat: bool) -> dict[str, Any]:

@@ -64,8 +64,7 @@ class ClosingDesk:
             return
         others = f" ({self._unsaid} more like it since the last such line)" if self._unsaid else ""
         self._warned, self._unsaid = time.monotonic(), 0
-        reason = report.reason.rstrip(".")
-        logger.warning("kvblend: request %s was computed in full: %s%s.", report.request_id, reason, others)
+        logger.warning("kvblend: request %s was computed in full: %s%s", report.request_id, report.reason, others)
 
 
 def _trace(report: BlendReport, arrived: float, headers: Mapping[str, str] | None, left: float) -> None:

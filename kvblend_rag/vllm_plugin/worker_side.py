@@ -264,10 +264,10 @@ def hot_bytes(vllm_config: VllmConfig) -> int:
 
 def _of_request(known: OrderedDict[str, T], request_id: str) -> T | None:
     """What is known under a name that vLLM made of a request's: with a number in front (n > 1), that of the prompt
-    behind it (completions), and a suffix."""
+    behind it (completions) or of the turn (responses), and a suffix."""
     if request_id in known:
         return known[request_id]
-    name = re.compile(rf"(\d+_)?{re.escape(request_id)}(-\d+)?(-[0-9a-f]+)?")
+    name = re.compile(rf"(\d+_)?{re.escape(request_id)}([-_]\d+)?(-[0-9a-f]+)?")
     return next((known[each] for each in reversed(known) if name.fullmatch(each)), None)
 
 

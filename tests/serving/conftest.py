@@ -112,6 +112,12 @@ def running(command: list[str], folder: Path, **environment: str) -> Iterator[Se
 
 
 @pytest.fixture(scope="session")
+def running_server() -> Any:
+    """``running_server(command, folder)``: a server of one's own."""
+    return running
+
+
+@pytest.fixture(scope="session")
 def server(rigs: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """`kvblend serve` with an API key, tool calls, and learning from prompts."""
     pytest.importorskip("vllm")

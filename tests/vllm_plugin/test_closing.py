@@ -101,7 +101,7 @@ def worker(tmp_path):
         ("chatcmpl-abc-1f2e3d4c", "chatcmpl-abc"),
         ("cmpl-abc-0-1f2e3d4c", "cmpl-abc"),
         ("0_chatcmpl-abc-1f2e3d4c", "chatcmpl-abc"),
-        ("resp_abc-1f2e3d4c", "resp_abc"),
+        ("resp_abc_0-1f2e3d4c", "resp_abc"),
         ("x", "x"),
     ],
 )
