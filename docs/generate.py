@@ -167,6 +167,31 @@ def _ttft_rows(result: dict[str, Any]) -> str:
     )
 
 
+def is_planner(result: dict[str, Any]) -> bool:
+    """Whether a result file is one of `kvblend bench planner`."""
+    return "worst_ratio" in result
+
+
+def _planner_rows(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        ratio = row["ratio"]
+        _, low, high = ratio["planned"]["mean"]
+        rows.append(
+            [
+                row["case"],
+                f"{row['prompt_tokens']:,}",
+                f"{row['seconds']['plain']['median'] * 1e3:,.0f}",
+                f"{ratio['planned']['median']:.3f}",
+                f"{low:.3f} to {high:.3f}",
+                f"{ratio['loaded']['median']:.2f}",
+                f"{row['blended']:.0%}",
+            ]
+        )
+    head = ["case", "prompt", "plain, ms", "planned / plain, median", "its mean, 95 %", "loaded / plain", "blended"]
+    return table(head, rows)
+
+
 def is_gpu(result: dict[str, Any]) -> bool:
     """Whether a result file is one of `tests/gpu/ttft.py`: by prompt length and arm."""
     arms = next(iter(result.get("results", {}).values()), None) if isinstance(result.get("results"), dict) else None
@@ -343,6 +368,9 @@ def results() -> str:
             parts.append("Random weights in the model's shape: speed only.\n")
             parts.append(_gpu_rows(result["results"]))
             parts.append(_gpu_more(result))
+        elif is_planner(result):
+            parts.append("Random weights: speed only. Loaded: everything that is found, without the planner.\n")
+            parts.append(_planner_rows(result))
         else:
             skipped = ("machine", "engine", "command")
             rest = _flat({key: value for key, value in result.items() if key not in skipped})

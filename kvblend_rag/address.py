@@ -29,6 +29,11 @@ class RemoteAddress:
     timeout_s: float
     """The longest that a call to the server takes."""
 
+    @property
+    def tier(self) -> str:
+        """The tier's name in reports."""
+        return "s3" if self.url.scheme == "s3" else "valkey"
+
     @classmethod
     def parse(cls, text: str) -> RemoteAddress:
         """Read a URL.

@@ -242,6 +242,13 @@ def _bench(verbs: Any) -> None:
     parser.add_argument("--timelines", metavar="DIR", help="folder for Chrome traces")
     parser.add_argument("--eager", action="store_true", help="start faster: leave vLLM's compilation out")
     _json(parser)
+    parser = _verb(benches, "planner", "What the planner decides against plain vLLM, in a sweep.", ("bench", "planner"))
+    parser.add_argument("--shape", default="smollm2-135m", metavar="NAME", help="of which model; random weights")
+    parser.add_argument("--chunk-tokens", type=int, default=200, metavar="N", help="of a usual chunk (default 200)")
+    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="prompts a case (default 9)")
+    parser.add_argument("--remote", metavar="URL", help="a remote tier that is slow")
+    parser.add_argument("--eager", action="store_true", help="start faster: leave vLLM's compilation out")
+    _json(parser)
     parser = _verb(
         benches, "encodings", "Size and error of KV at rest; needs a store, no engine.", ("bench", "encodings")
     )
@@ -287,6 +294,20 @@ def _torture(verbs: Any) -> None:
     parser.add_argument("--rounds", type=int, default=100, help="how often writers are killed (default 100)")
     parser.add_argument("--writers", type=int, default=2, help="processes that write at once (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of what they do and when they die")
+    _json(parser)
+
+    help = "Streaming clients at once, some of whom leave; every answer is compared."
+    parser = _verb(kinds, "load", help, ("torture", "load"))
+    parser.add_argument("--clients", type=int, default=500, help="at once (default 500)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of load (default 10)")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and clients")
+    _json(parser)
+    help = "Chunks in ever new orders, on a store that holds a fifth of them."
+    parser = _verb(kinds, "orders", help, ("torture", "orders"))
+    parser.add_argument("--orders", type=int, default=1000, help="prompts (default 1,000)")
+    parser.add_argument("--chunks", type=int, default=1000, help="documents (default 1,000)")
+    parser.add_argument("--per-prompt", type=int, default=14, metavar="N", help="chunks in a prompt (default 14)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything")
     _json(parser)
 
 

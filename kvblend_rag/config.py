@@ -31,6 +31,7 @@ _REQUEST_OPTIONS = {
     "full_prefill_share": "full_prefill_share",
     "max_risk": "max_risk",
     "on_risk": "on_risk",
+    "planner": "planner",
     "tenant": "tenant",
 }
 """A request's options, and the settings they stand for."""
@@ -116,6 +117,10 @@ class BlendConfig:
     """What becomes of a risky answer: ``prefill`` computes the prompt in full instead, before the first token is
     shown; ``mark`` shows it, with a reason in its report."""
 
+    planner: bool = True
+    """Load a chunk only where that is faster than computing its tokens, as measured on this machine, and blend only
+    where the prompt is answered sooner for it; off: everything that is found is loaded."""
+
     heed_verdict: bool = True
     """Follow what ``kvblend calibrate`` found out: its settings where these have their defaults, or no blending."""
 
@@ -166,7 +171,7 @@ class BlendConfig:
 
         Args:
             options: ``blend`` (false: an ordinary prefill), ``selector``, ``ratio``, ``span``, ``coverage``,
-                ``full_prefill_share``, ``max_risk``, ``on_risk``, ``tenant``.
+                ``full_prefill_share``, ``max_risk``, ``on_risk``, ``planner``, ``tenant``.
 
         Raises:
             ConfigError: an unknown option, or a value that can't be used.

@@ -144,8 +144,8 @@ class Engine(ABC):
         """Call a method of the workers (``flush``, ``prefetch``, ``forget``, ``account``); one result a rank."""
 
     @abstractmethod
-    async def reset_prefix_cache(self) -> None:
-        """Empty vLLM's own prefix cache; for measuring."""
+    async def reset_prefix_cache(self) -> bool:
+        """Empty vLLM's own prefix cache, for measuring; False where a request still uses a part of it."""
 
     @abstractmethod
     def run(self, work: Coroutine[Any, Any, T]) -> T:

@@ -35,7 +35,7 @@ class TierLoad:
     bytes: int
     """Of KV, decoded; with tensor parallelism the reporting rank's share."""
     milliseconds: float
-    """Time in the tier; reads at the same time count each."""
+    """To read them, and to keep them in faster tiers; reads at the same time count each."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -474,7 +474,8 @@ class _Rigs:
         from kvblend_rag.quality.forcing import engine_arguments
 
         dtype = settings.pop("dtype", "float32")
-        config = {"store_path": str(self._folder / "stores" / str(hash(known))), **settings}
+        # A tiny model is computed sooner than anything is loaded; what is tested is the blend.
+        config = {"store_path": str(self._folder / "stores" / str(hash(known))), "planner": False, **settings}
         arguments = {
             "dtype": dtype,
             "enforce_eager": not compiled,
@@ -534,7 +535,7 @@ def reader_llm(rigs: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from kvblend_rag.quality.forcing import engine_arguments
 
     rigs.close()
-    config = BlendConfig(store_path=str(tmp_path_factory.mktemp("reader") / "store"))
+    config = BlendConfig(store_path=str(tmp_path_factory.mktemp("reader") / "store"), planner=False)
     llm = LLM(
         prepare_reader(progress=False),
         config=config,

@@ -39,6 +39,9 @@ class BlendPlan:
     question_digest: str = ""
     """Of the prompt's tokens from the question on."""
 
+    question: int | None = None
+    """Where the question begins, if not right behind the last run: runs behind which it stood are not reused."""
+
     @property
     def reused_tokens(self) -> int:
         """Tokens whose KV comes from the store, those that will be recomputed among them."""
@@ -56,8 +59,9 @@ class BlendPlan:
 
     @property
     def question_range(self) -> tuple[int, int]:
-        """``[start, stop)`` of the computed tail behind the last run: at least the last token."""
-        return (self.runs[-1].stop if self.runs else self.cached), self.prompt_tokens
+        """``[start, stop)`` of the question, the end of the computed tail: at least the last token."""
+        behind = self.runs[-1].stop if self.runs else self.cached
+        return max(behind, self.question or 0), self.prompt_tokens
 
     def computed_ranges(self) -> list[tuple[int, int]]:
         """Prompt ranges ``[start, stop)`` that are computed, in order, none empty."""
@@ -100,6 +104,12 @@ class BlendPlan:
             raise ValueError(f"{first} tokens can't be in the prefix cache.")
         cached = max(self.cached, min(first, self.prompt_tokens - 1))
         return dataclasses.replace(self, cached=cached, runs=_between(self.runs, cached, self.prompt_tokens, min_run))
+
+    def keeping(self, runs: Iterable[Match]) -> BlendPlan:
+        """The plan with these of its runs, the others being computed; the question stays what it was."""
+        kept = set(runs)
+        question = self.question_range[0]
+        return dataclasses.replace(self, runs=tuple(run for run in self.runs if run in kept), question=question)
 
     def digest(
         self,

@@ -127,7 +127,7 @@ class HTTPEngine(Engine):
         """See :meth:`Engine.call`; a server's workers are asked through its routes alone."""
         raise ConfigError(f"The workers of a server can't be asked for {method!r}: use its routes.")
 
-    async def reset_prefix_cache(self) -> None:
+    async def reset_prefix_cache(self) -> bool:
         """Not to be had over HTTP.
 
         Raises:

@@ -15,6 +15,9 @@ from kvblend_rag.commands.session import EngineOptions, started
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import ConfigError
 
+_SLOWER = 1.03
+"""Ratio to plain vLLM that no case may exceed."""
+
 
 def ttft(
     *,
@@ -118,10 +121,46 @@ def gpu(
     return 0
 
 
-def _measured(engine: EngineOptions, bench: Any, json: str | None, **settings: Any) -> int:
+def planner(
+    *,
+    shape: str = "smollm2-135m",
+    chunk_tokens: int = 200,
+    repeats: int = 9,
+    remote: str | None = None,
+    eager: bool = False,
+    json: str | None = None,
+) -> int:
+    """Plain vLLM against what the planner decides, in a sweep of cases; 1 where it was slower by more than 3 %."""
+    from kvblend_rag.commands import bench_planner
+    from kvblend_rag.commands.shapes import SHAPES
+
+    if shape not in SHAPES:
+        raise ConfigError(f"--shape is {shape!r}, and must be one of {', '.join(SHAPES)}.")
+    for name, value in (("chunk-tokens", chunk_tokens), ("repeats", repeats)):
+        if value < 1:
+            raise ConfigError(f"--{name} is {value}, and must be 1 or more.")
+    before = machine()
+    longest = 12 * chunk_tokens + 512
+    result = bench_planner.run(
+        shape, chunk_tokens, repeats, remote, enforce_eager=eager, max_model_len=longest, **_cpu_arguments()
+    )
+    terminal.prose(json).print(bench_planner.table(result))
+    terminal.write_json({"command": _command(), "machine": before, **result}, json)
+    return 1 if result["worst_ratio"] > _SLOWER else 0
+
+
+def _cpu_arguments() -> dict[str, Any]:
+    """Without a GPU, vLLM would take nine tenths of the machine's memory for each engine."""
+    import torch
+
+    return {} if torch.cuda.is_available() else {"kv_cache_memory_bytes": 1 << 30}
+
+
+def _measured(engine: EngineOptions, bench: Any, json: str | None, *, planner: bool = False, **settings: Any) -> int:
+    """Without the planner every arm is measured, be it slower than plain vLLM."""
     before = machine()
     with tempfile.TemporaryDirectory(prefix="kvblend-bench-") as folder:
-        config = engine.resolve()
+        config = engine.resolve().replace(planner=planner)
         # A store of its own: what lies in the user's would be found, or be deleted.
         if engine.store is None:
             config = config.replace(store_path=folder)
@@ -137,4 +176,4 @@ def _command() -> str:
     return shlex.join(["kvblend", *sys.argv[1:]])
 
 
-__all__ = ["encodings", "gpu", "ingest", "match", "ttft"]
+__all__ = ["encodings", "gpu", "ingest", "match", "planner", "ttft"]

@@ -89,7 +89,11 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         model = write_shape(shape, Path(folder) / shape)
         config = BlendConfig(
-            store_path=str(Path(folder) / "store"), ingest_context="none", chunk_size=CHUNK_TOKENS, max_memory_gb=40.0
+            store_path=str(Path(folder) / "store"),
+            ingest_context="none",
+            chunk_size=CHUNK_TOKENS,
+            max_memory_gb=40.0,
+            planner=False,
         )
         options = {
             "load_format": "dummy",

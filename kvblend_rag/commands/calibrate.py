@@ -122,7 +122,8 @@ def run(
 
 def _resolved(engine: EngineOptions) -> BlendConfig:
     """The user's settings; the bundled reader's own system text stays, another model's is the application's."""
-    config = engine.resolve()
+    # Every arm is measured, be it slower than plain vLLM.
+    config = engine.resolve().replace(planner=False)
     own = BlendConfig.load(engine.config)
     return config.replace(system_prompt=own.system_prompt) if engine.model or own.model else config
 

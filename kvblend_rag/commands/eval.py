@@ -90,7 +90,7 @@ def run(
         raise ConfigError("--timed and --two-chunk take numbers from 0 on.")
     console = terminal.prose(json)
     before = machine()
-    config = engine.resolve(chunk_size=LONGEST_DOCUMENT)
+    config = engine.resolve(chunk_size=LONGEST_DOCUMENT).replace(planner=False)
     ways = parse_arms(arms or DEFAULT, config)
     questions = read_questions(files, limit=limit, documents=chunks) if files or not two_chunk else []
     questions += two_chunk_questions(two_chunk)

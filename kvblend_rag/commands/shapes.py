@@ -14,6 +14,9 @@ _LLAMA3_ROPE = {
     "rope_theta": 500000.0,
 }
 
+TINY = "tiny"
+"""A model made up here, which computes a prompt sooner than anything could load it."""
+
 SHAPES = {
     "llama-3.1-8b": {
         "architectures": ["LlamaForCausalLM"],
@@ -53,8 +56,33 @@ SHAPES = {
         "max_position_embeddings": 131072,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     },
+    TINY: {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 4096,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 16384,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "smollm2-135m": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    },
 }
-"""Configurations as their makers published them; bfloat16."""
+"""Configurations as their makers published them, but for the tiny one; bfloat16."""
 
 
 def write_shape(name: str, folder: Path) -> Path:

@@ -75,7 +75,7 @@ def run(
     texts = [document.content for document in load_documents(docs or BUNDLED)]
     with tempfile.TemporaryDirectory(prefix="kvblend-verify-") as folder:
         # On disk alone, or a damaged file would hide behind its copy in memory.
-        config = engine.resolve().replace(store_path=folder, local_device="disk", enable_blending=True)
+        config = engine.resolve().replace(store_path=folder, local_device="disk", enable_blending=True, planner=False)
         with started(config, verbose=engine.verbose) as llm:
             result = check(llm, texts, lengths or _LENGTHS)
             result["engine"] = engine_facts(llm.kvblend.engine.info, bool(config.engine_args.get("enforce_eager")))

@@ -135,6 +135,9 @@ class Selector(ABC):
     needs: frozenset[Evidence] = frozenset({Evidence.LOADED})
     """The evidence that must be in the input."""
 
+    share: float | None = None
+    """Of the reused tokens that it recomputes whatever the budget; None: the budget's."""
+
     @abstractmethod
     def select(self, given: SelectionInput) -> torch.Tensor:
         """Which tokens are recomputed: bool, shape (R,), on the input's device, at most ``budget`` true."""

@@ -11,6 +11,7 @@ class EverythingSelector(Selector):
     """No stored KV is used. The one selector that takes no notice of the budget."""
 
     name = "everything"
+    share = 1.0
 
     def select(self, given: SelectionInput) -> torch.Tensor:
         """All true, whatever the budget."""

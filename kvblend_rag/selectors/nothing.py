@@ -11,6 +11,7 @@ class NothingSelector(Selector):
     """Every reused token keeps its stored KV."""
 
     name = "none"
+    share = 0.0
 
     def select(self, given: SelectionInput) -> torch.Tensor:
         """All false, whatever the budget."""

@@ -280,6 +280,11 @@ class Catalogue:
             reset=reset,
         )
 
+    def sample(self, count: int) -> list[str]:
+        """Keys of visible chunks, so many at most; whichever come first."""
+        with self._database.reading() as sql:
+            return [key for (key,) in sql.execute("SELECT key FROM chunk WHERE complete LIMIT ?", (count,))]
+
     def changed(self) -> bool:
         """Whether anybody committed since this object's last ``changes_since``; takes some 5 µs."""
         return self._database.version() != self._seen

@@ -37,6 +37,7 @@ class MemoryStore(ChunkStore):
         self._last = 0
         self._nbytes = 0
         self._lock = threading.Lock()
+        self._changes: dict[str, bool] = {}
 
     def put(self, chunk: StoredChunk) -> None:
         """Keep a chunk, if it fits; without a copy unless pinned or part of a larger tensor."""
@@ -53,6 +54,7 @@ class MemoryStore(ChunkStore):
                 self._drop(first)
             self._chunks[chunk.key] = chunk
             self._order.set(chunk.key, self._now() if used is None or self._eviction == "lru" else used)
+            self._changes[chunk.key] = True
             self._nbytes += chunk.kv.nbytes
 
     def read(self, key: str) -> StoredChunk:
@@ -80,6 +82,12 @@ class MemoryStore(ChunkStore):
         with self._lock:
             return self._nbytes
 
+    def take_changes(self) -> dict[str, bool]:
+        """Keys that came (True) or went (False) since the last call."""
+        with self._lock:
+            changes, self._changes = self._changes, {}
+            return changes
+
     def close(self) -> None:
         """Forget everything."""
         with self._lock:
@@ -104,6 +112,7 @@ class MemoryStore(ChunkStore):
         self._order.discard(key)
         if chunk is not None:
             self._nbytes -= chunk.kv.nbytes
+            self._changes[key] = False
 
 
 __all__ = ["MemoryStore"]

@@ -7,27 +7,37 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 
+from kvblend_rag.blend.choice import READS_AT_ONCE
 from kvblend_rag.errors import ChunkDamaged, ChunkMissing, StoreError
+from kvblend_rag.report import TierLoad
 from kvblend_rag.store.base import ChunkStore, StoredChunk
 from kvblend_rag.store.catalogue import Catalogue
-
-_AT_ONCE = 32
-"""Chunks that are fetched from remote tiers at the same time."""
+from kvblend_rag.store.memory import MemoryStore
 
 
-@dataclass
-class TierReads:
-    """What was read from one tier."""
+class _Reads:
+    """What was read by one call, by tier, by any of its threads."""
 
-    chunks: int = 0
-    bytes: int = 0
-    """Of decoded KV."""
-    seconds: float = 0.0
-    """Of all reads together; those at the same time count each."""
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loads: dict[str, TierLoad] = {}
+
+    def add(self, tier: str, nbytes: int, seconds: float) -> None:
+        with self._lock:
+            before = self._loads.get(tier, TierLoad(tier=tier, chunks=0, bytes=0, milliseconds=0.0))
+            self._loads[tier] = TierLoad(
+                tier=tier,
+                chunks=before.chunks + 1,
+                bytes=before.bytes + nbytes,
+                milliseconds=before.milliseconds + seconds * 1e3,
+            )
+
+    def loads(self) -> list[TierLoad]:
+        with self._lock:
+            return list(self._loads.values())
 
 
 class TieredStore(ChunkStore):
@@ -47,8 +57,6 @@ class TieredStore(ChunkStore):
     def __init__(self, tiers: Sequence[ChunkStore], catalogue: Catalogue | None = None) -> None:
         *self._caches, self._durable = tiers
         self._catalogue = catalogue
-        self._reads: dict[str, TierReads] = {}
-        self._reads_lock = threading.Lock()
 
     @property
     def tiers(self) -> tuple[ChunkStore, ...]:
@@ -70,26 +78,33 @@ class TieredStore(ChunkStore):
         chunk, tier = self._read(key)
         return chunk.kv, tier
 
-    def get_many(self, keys: Iterable[str]) -> dict[str, tuple[torch.Tensor, str]]:
+    def get_many(self, keys: Iterable[str], loads: list[TierLoad] | None = None) -> dict[str, tuple[torch.Tensor, str]]:
         """``get_with_tier`` of several chunks, by key, in the order given.
 
         What no tier of this machine holds is fetched at the same time: a server that is far away is waited for once,
         and one that does not answer costs one timeout, not one a chunk.
+
+        Args:
+            keys: of the chunks.
+            loads: what was read is appended here, by tier, also where a chunk could not be read.
         """
-        keys = list(dict.fromkeys(keys))
+        keys, reads = list(dict.fromkeys(keys)), _Reads()
+
+        def get(key: str) -> tuple[torch.Tensor, str]:
+            chunk, tier = self._read(key, reads)
+            return chunk.kv, tier
+
         near = [tier for tier in self.tiers if not tier.remote]
         far = [key for key in keys if not any(tier.contains(key) for tier in near)]
         fetched: dict[str, tuple[torch.Tensor, str]] = {}
-        if len(far) > 1 and len(near) < len(self.tiers):
-            with ThreadPoolExecutor(min(len(far), _AT_ONCE)) as pool:
-                fetched = dict(zip(far, pool.map(self.get_with_tier, far), strict=True))
-        return {key: fetched.get(key) or self.get_with_tier(key) for key in keys}
-
-    def take_reads(self) -> dict[str, TierReads]:
-        """What was read since the last call, by tier."""
-        with self._reads_lock:
-            reads, self._reads = self._reads, {}
-        return reads
+        try:
+            if len(far) > 1 and len(near) < len(self.tiers):
+                with ThreadPoolExecutor(min(len(far), READS_AT_ONCE)) as pool:
+                    fetched = dict(zip(far, pool.map(get, far), strict=True))
+            return {key: fetched.get(key) or get(key) for key in keys}
+        finally:
+            if loads is not None:
+                loads += reads.loads()
 
     def locate(self, key: str) -> str | None:
         """The name of the fastest tier that holds a chunk, if any."""
@@ -114,6 +129,11 @@ class TieredStore(ChunkStore):
     def keeps(self, key: str) -> bool:
         """Whether the durable tier holds the chunk, once every removal that is under way is done."""
         return self._durable.keeps(key)
+
+    def take_changes(self) -> dict[str, bool]:
+        """Chunks that came into host memory (True) or left it since the last call; none without such a tier."""
+        first = self.tiers[0]
+        return first.take_changes() if isinstance(first, MemoryStore) else {}
 
     def delete(self, keys: Iterable[str]) -> None:
         """Forget chunks in every tier; what a remote one does not hear of now, ``sync`` makes up for.
@@ -162,7 +182,7 @@ class TieredStore(ChunkStore):
         if self._catalogue is not None:
             self._catalogue.close()
 
-    def _read(self, key: str) -> tuple[StoredChunk, str]:
+    def _read(self, key: str, reads: _Reads | None = None) -> tuple[StoredChunk, str]:
         problem: StoreError | None = None
         for depth, tier in enumerate(self.tiers):
             started = time.perf_counter()
@@ -174,8 +194,9 @@ class TieredStore(ChunkStore):
                 if problem is None or isinstance(problem, ChunkMissing) or _weight(error) > _weight(problem):
                     problem = error
                 continue
-            self._count(tier.name, chunk.kv.nbytes, time.perf_counter() - started)
             self._promote(chunk, self._caches[:depth])
+            if reads is not None:
+                reads.add(tier.name, chunk.kv.nbytes, time.perf_counter() - started)
             for slower in self.tiers[depth + 1 :]:
                 slower.touch(key)
             return chunk, tier.name
@@ -183,13 +204,6 @@ class TieredStore(ChunkStore):
         if isinstance(problem, (ChunkMissing, ChunkDamaged)):
             self._unlist(key)
         raise problem
-
-    def _count(self, tier: str, nbytes: int, seconds: float) -> None:
-        with self._reads_lock:
-            reads = self._reads.setdefault(tier, TierReads())
-            reads.chunks += 1
-            reads.bytes += nbytes
-            reads.seconds += seconds
 
     def _unlist(self, key: str) -> None:
         # a writer may have put it meanwhile; should its row go all the same, the chunk is computed once more
@@ -207,4 +221,4 @@ def _weight(error: StoreError) -> int:
     return 0 if isinstance(error, ChunkMissing) else 1 if isinstance(error, ChunkDamaged) else 2
 
 
-__all__ = ["TierReads", "TieredStore"]
+__all__ = ["TieredStore"]

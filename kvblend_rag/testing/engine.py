@@ -170,9 +170,10 @@ class FakeEngine(Engine):
             return [reports.get(arguments[0])]
         return [self._shelf.call(method, *arguments)]
 
-    async def reset_prefix_cache(self) -> None:
+    async def reset_prefix_cache(self) -> bool:
         """See :meth:`Engine.reset_prefix_cache`."""
         self._shelf.forget_prompts()
+        return True
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """See :meth:`Engine.run`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
@@ -13,7 +14,6 @@ from kvblend_rag.report import TierLoad
 from kvblend_rag.selectors import get_selector
 from kvblend_rag.selectors.base import Evidence, SelectionInput
 from kvblend_rag.selectors.spans import mask_to_ranges
-from kvblend_rag.store import TieredStore
 from kvblend_rag.vllm_plugin.evidence import deviation, deviation_layer, question_attention
 from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
 from kvblend_rag.vllm_plugin.hot_chunks import TIER, HotChunks
@@ -22,6 +22,16 @@ from kvblend_rag.vllm_plugin.metadata import ANOTHER_RANK, BlendJob, Outcome
 from kvblend_rag.vllm_plugin.paged_kv import PagedKV
 from kvblend_rag.vllm_plugin.ranks import Ranks
 from kvblend_rag.vllm_plugin.taps import Taps
+
+
+class Source(Protocol):
+    """Where a blender finds chunks."""
+
+    def get_many(self, keys: Iterable[str], loads: list[TierLoad] | None = None) -> dict[str, tuple[torch.Tensor, str]]:
+        """KV and the name of its tier by key, as ``TieredStore.get_many``."""
+
+    def touch(self, key: str) -> None:
+        """Count a use that the device served."""
 
 
 class Blender:
@@ -42,7 +52,7 @@ class Blender:
         paged: PagedKV,
         forward: ScatteredForward,
         loader: Loader,
-        store: TieredStore,
+        store: Source,
         hot: HotChunks,
         context_tokens: int,
         ranks: Ranks,
@@ -57,13 +67,10 @@ class Blender:
         Whatever is wrong with a chunk, the request is computed in full and says why.
         """
         clock: dict[str, float] = {}
-        self._store.take_reads()  # those of a prefetch are nobody's
+        read: list[TierLoad] = []
         with _timed(clock, "load"):
-            chunks, tiers, failure = self._read_all(job)
-        loads = tuple(
-            TierLoad(tier=tier, chunks=reads.chunks, bytes=reads.bytes, milliseconds=reads.seconds * 1e3)
-            for tier, reads in self._store.take_reads().items()
-        )
+            chunks, tiers, failure = self._read_all(job, read)
+        loads = tuple(read)
         if not self._ranks.all_agree(failure is None):
             with _timed(clock, "forward"):
                 self._compute(job, [(job.first, job.plan.prompt_tokens - 1)])
@@ -99,7 +106,7 @@ class Blender:
             )
         return Outcome(tuple(recomputed), tiers, scored, left, loads, clock)
 
-    def _read_all(self, job: BlendJob) -> tuple[Chunks, dict[str, str], str | None]:
+    def _read_all(self, job: BlendJob, loads: list[TierLoad]) -> tuple[Chunks, dict[str, str], str | None]:
         """The job's chunks and where each came from; or what is wrong with one of them."""
         chunks: Chunks = {}
         tiers: dict[str, str] = {}
@@ -108,7 +115,7 @@ class Blender:
             for run in job.plan.runs:
                 needed[run.key] = max(needed.get(run.key, 0), run.chunk_start + run.length)
             hot = self._hot.take(needed)
-            slower = self._store.get_many(key for key in needed if key not in hot)
+            slower = self._store.get_many([key for key in needed if key not in hot], loads)
             for key in hot:
                 self._store.touch(key)  # else it grows old in the tiers that must keep it
             for key, tokens in needed.items():

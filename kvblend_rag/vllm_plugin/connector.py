@@ -119,6 +119,7 @@ class KVBlendConnector(KVConnectorBase_V1):
         self.worker.note(plan.closing)
         self.worker.meet_again(plan.met_again)
         self.worker.blend(plan.blends)
+        self.worker.fetch(plan.fetch)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to do: everything was loaded on the compute stream before the forward."""

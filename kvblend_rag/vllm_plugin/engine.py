@@ -178,9 +178,9 @@ class VLLMEngine(Engine):
         work = self._llm.collective_rpc("kvblend", args=(method, *arguments))
         return list(await self._loop.run_async(work))
 
-    async def reset_prefix_cache(self) -> None:
+    async def reset_prefix_cache(self) -> bool:
         """See :meth:`Engine.reset_prefix_cache`."""
-        await self._loop.run_async(self._llm.reset_prefix_cache())
+        return bool(await self._loop.run_async(self._llm.reset_prefix_cache()))
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """See :meth:`Engine.run`."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from kvblend_rag.selectors.base import Evidence
 from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
 from kvblend_rag.vllm_plugin.loader import Loader
 from kvblend_rag.vllm_plugin.metadata import BlendJob
@@ -140,4 +141,10 @@ def deviation_layer(paged: PagedKV) -> AttentionLayer:
     return paged.layers[min(_DEVIATION_LAYER, len(paged.layers) - 1)]
 
 
-__all__ = ["deviation", "deviation_layer", "middle_layers", "question_attention"]
+def shares(paged: PagedKV) -> dict[Evidence, float]:
+    """Of the layers, the share that gathering each kind of evidence goes through."""
+    seen = {Evidence.QUESTION_ATTENTION: middle_layers(paged.layers)[-1], Evidence.DEVIATION: deviation_layer(paged)}
+    return {kind: (paged.layers.index(last) + 1) / len(paged.layers) for kind, last in seen.items()}
+
+
+__all__ = ["deviation", "deviation_layer", "middle_layers", "question_attention", "shares"]

@@ -42,8 +42,8 @@ class ScatteredForward:
         self._builders = [compat.private_builder(group, self._config, paged.device) for group in self._groups]
         scheduler = self._config.scheduler_config
         # The compiled model asserts beyond the first; FlashInfer and others keep buffers of the second.
-        self._max_tokens = int(scheduler.max_num_batched_tokens)
-        self._max_rows = int(scheduler.max_num_seqs)
+        self.max_tokens = int(scheduler.max_num_batched_tokens)
+        self.max_rows = int(scheduler.max_num_seqs)
         model = runner.model_config
         # Such a model is compiled with embeddings as its input, even for text alone.
         self._embeds = bool(runner.supports_mm_inputs or model.enable_prompt_embeds)
@@ -86,13 +86,13 @@ class ScatteredForward:
 
     def _batches(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
         batch: list[Row] = []
-        room = self._max_tokens
+        room = self.max_tokens
         for row in rows:
             start = row.start
             while start < row.stop:
-                if room == 0 or len(batch) == self._max_rows:
+                if room == 0 or len(batch) == self.max_rows:
                     yield batch
-                    batch, room = [], self._max_tokens
+                    batch, room = [], self.max_tokens
                 stop = min(row.stop, start + room)
                 batch.append(Row(row.token_ids, row.block_ids, start, stop))
                 room -= stop - start

@@ -6,6 +6,7 @@ Everything here is pickled by vLLM at every step, so it stays small.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvblend_rag.blend.chunk import TokenIds
+from kvblend_rag.blend.cost import Pace
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.report import TierLoad
 
@@ -96,6 +98,10 @@ class StepPlan(KVConnectorMetadata):
     """Requests that run on an earlier blend's KV out of the prefix cache, and what that left uncovered."""
     closing: Closing = field(default_factory=Closing)
     """What the last step ended."""
+    number: int = 0
+    """Of the step."""
+    fetch: list[str] = field(default_factory=list)
+    """Chunks to bring into host memory beside the engine's work."""
 
 
 @dataclass(frozen=True)
@@ -115,15 +121,23 @@ class Outcome:
 
 @dataclass
 class StepOutcome(KVConnectorWorkerMetadata):
-    """Workers to scheduler, each step: outcome by request id."""
+    """Workers to scheduler, each step: outcome by request id, and what was measured since the last."""
 
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    in_memory: dict[str, bool] = field(default_factory=dict)
+    """Chunks that came into host memory, or (False) left it."""
+    loads: list[TierLoad] = field(default_factory=list)
+    """What was read beside the requests."""
+    step_seconds: dict[int, float] = field(default_factory=dict)
+    """Of vLLM's own forward passes, by the step's number."""
+    blend_seconds: dict[str, float] = field(default_factory=dict)
+    """By request, reading its chunks included."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Ranks agree on what they do, so one rank's account stands for all; what went wrong only one may know."""
         assert isinstance(other, StepOutcome)
         known = {name: each for name, each in other.outcomes.items() if each.fallback not in (None, ANOTHER_RANK)}
-        return StepOutcome({**other.outcomes, **self.outcomes, **known})
+        return dataclasses.replace(self, outcomes={**other.outcomes, **self.outcomes, **known})
 
 
 @dataclass(frozen=True)
@@ -135,6 +149,10 @@ class Handshake(KVConnectorHandshakeMetadata):
     refusal: str | None
     rank: int
     ranks: int
+    pace: Pace | None = None
+    """How fast it computes and blends; None where nobody plans by it."""
+    loads: tuple[TierLoad, ...] = ()
+    """What reading some stored chunks took."""
 
 
 __all__ = [

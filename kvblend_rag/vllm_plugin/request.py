@@ -2,6 +2,7 @@
 
 blend        false for an ordinary prefill
 selector, ratio, span, coverage, full_prefill_share    how recomputed tokens are chosen, and how many
+planner      false: load every chunk that is found, be it slower than computing it
 tenant       whose chunks may be used; vLLM's own cache_salt means the same
 ingest       {key, namespace, start}: save the KV of the prompt from ``start`` on
 """
@@ -39,6 +40,7 @@ class Wish:
     recipe: Recipe
     tenant: str
     ingest: Ingest | None
+    planner: bool = True
 
 
 def read_wish(request: Request, config: BlendConfig) -> Wish:
@@ -56,12 +58,16 @@ def read_wish(request: Request, config: BlendConfig) -> Wish:
     get_selector(wished.selector)
     return Wish(
         blend=bool(given.get("blend", True)),
-        recipe=Recipe(
-            wished.selector, wished.recompute_ratio, wished.span_size, wished.coverage, wished.full_prefill_share
-        ),
+        recipe=recipe_of(wished),
         tenant=_owner(wished.tenant, getattr(request, "cache_salt", None)),
         ingest=None if ingest is None else _read_ingest(ingest),
+        planner=wished.planner,
     )
+
+
+def recipe_of(config: BlendConfig) -> Recipe:
+    """How recomputed tokens are chosen, as these settings say."""
+    return Recipe(config.selector, config.recompute_ratio, config.span_size, config.coverage, config.full_prefill_share)
 
 
 def _owner(tenant: str, salt: str | None) -> str:
@@ -92,4 +98,4 @@ def facts(request: Request) -> RequestFacts:
     )
 
 
-__all__ = ["PARAMETER", "Ingest", "Wish", "facts", "read_wish"]
+__all__ = ["PARAMETER", "Ingest", "Wish", "facts", "read_wish", "recipe_of"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
+from kvblend_rag.address import RemoteAddress
+from kvblend_rag.blend.choice import Choice
 from kvblend_rag.blend.chunk import TokenIds, as_token_ids, chunk_key
+from kvblend_rag.blend.cost import Work, blend_work
 from kvblend_rag.blend.gate import refusal
 from kvblend_rag.blend.plan import BlendPlan, make_plan
 from kvblend_rag.calibration.verdict import Verdict, find_verdict
@@ -27,7 +31,9 @@ from kvblend_rag.ingest import STORING
 from kvblend_rag.report import BlendReport, ChunkUse
 from kvblend_rag.selectors import get_selector
 from kvblend_rag.selectors.base import Evidence
+from kvblend_rag.store import layout_of
 from kvblend_rag.vllm_plugin.closing import ClosingDesk
+from kvblend_rag.vllm_plugin.crowd import Crowd
 from kvblend_rag.vllm_plugin.library import Library
 from kvblend_rag.vllm_plugin.metadata import (
     BlendJob,
@@ -41,12 +47,16 @@ from kvblend_rag.vllm_plugin.metadata import (
     StepPlan,
 )
 from kvblend_rag.vllm_plugin.metrics import BlendStats
+from kvblend_rag.vllm_plugin.planner import Planner, effort_of
 from kvblend_rag.vllm_plugin.prefix_cache import isolate, still_computing
 from kvblend_rag.vllm_plugin.request import PARAMETER, Ingest, facts, read_wish
 
 logger = logging.getLogger(__name__)
 
 _DIGESTS_REMEMBERED = 4096
+_PATIENCE = 2.0
+"""A request waits for its chunks to be brought near so many times as long as that should take."""
+
 _UNCOUNTED = 4096  # bounded for the case that nobody asks for statistics
 
 
@@ -58,7 +68,15 @@ class _Blend:
     plan: BlendPlan
     recipe: Recipe
     digest: str
+    undecided: bool = False
+    """Whether its chunks are worth loading is yet to be weighed."""
+    patience: float = math.inf
+    """Until when it waits for its chunks to be brought near, on the monotonic clock."""
     isolated: bool = False
+
+    def take(self, plan: BlendPlan) -> None:
+        """Blend by this plan, which holds some of the runs that were found."""
+        self.plan, self.digest = plan, _digest(plan, self.recipe)
 
 
 @dataclass
@@ -96,6 +114,12 @@ class SchedulerSide:
         self._desk = ClosingDesk(vllm_config)
         self._seen_prompts: list[SeenPrompt] = []
         self._gate = "closed"
+        self._planner: Planner | None = None
+        self._choices: OrderedDict[str, BlendPlan] = OrderedDict()
+        """What was chosen of all that was found, by the digest of the latter: the same prompt blends the same."""
+        self._fetch: list[str] = []
+        self._number = 0
+        self._crowd = Crowd(int(vllm_config.scheduler_config.max_num_batched_tokens))
 
     def learn(self, handshakes: list[KVConnectorHandshakeMetadata]) -> None:
         """Take in what the workers found out about the model."""
@@ -117,6 +141,14 @@ class SchedulerSide:
             self._gate = "verdict"
         if not self._config.enable_blending:
             self._gate = "disabled"
+        if first.pace is not None:
+            layout, shard = layout_of(self._config), (first.rank, first.ranks)
+            self._planner = Planner(
+                first.pace,
+                first.loads,
+                [RemoteAddress.parse(url).tier for url in self._config.remote],
+                lambda key: layout.chunk_path(key, shard).is_file(),
+            )
 
     def _heed(self, verdict: Verdict | None) -> None:
         """Let a verdict's settings be the defaults, or blend nothing; said once."""
@@ -150,14 +182,18 @@ class SchedulerSide:
         """How many tokens behind the prefix-cache hit are provided; None to be asked again next step."""
         if request.num_preemptions == 0:
             self._note(request.request_id, cached_tokens=cached)
+        others = self._live.values()
         blend = self._blends.get(request.request_id)
-        if blend is None:
-            return 0
-        plan = blend.plan.clip(cached, self._config.min_run)
-        if not plan.runs:
-            return 0
+        if blend is not None and blend.undecided:
+            self._weigh(request, blend, cached)
+            blend = self._blends.get(request.request_id)
+        plan = None if blend is None else blend.plan.clip(cached, self._config.min_run)
+        if blend is None or plan is None or not plan.runs:
+            return None if self._crowd.holds_up_plain(request, cached, others) else 0
+        if blend.undecided or self._crowd.holds_up(request, self._tokens(plan, blend.recipe), others):
+            return None
         block_size = self._hash_block_size(request)
-        if still_computing(request, cached // block_size, block_size, self._live.values()):
+        if still_computing(request, cached // block_size, block_size, others):
             return None
         if not blend.isolated:
             first = plan.first_reused
@@ -187,6 +223,9 @@ class SchedulerSide:
             return
         first = blend.plan.prompt_tokens - 1 - external
         plan = blend.plan.clip(first, self._config.min_run)
+        self._crowd.admit(self._tokens(plan, blend.recipe))
+        if self._planner is not None:
+            self._planner.blends(request.request_id, plan, blend.recipe)
         self._jobs.append(
             BlendJob(
                 request.request_id, blend.token_ids, np.array(block_ids, dtype=np.int32), first, plan, blend.recipe
@@ -207,8 +246,15 @@ class SchedulerSide:
         """What the workers do in this step."""
         saves = self._finished_chunks(scheduler_output) if self._savings else []
         closing = Closing(self._desk.take(), self._seen_prompts, busy=self._busy(scheduler_output))
-        plan = StepPlan(self._jobs, saves, self._met_again, closing)
-        self._jobs, self._met_again, self._seen_prompts = [], {}, []
+        self._number += 1
+        plan = StepPlan(self._jobs, saves, self._met_again, closing, self._number, self._fetch)
+        if self._planner is not None:
+            if saves and self._config.local_device == "cpu":
+                self._planner.saved(job.key for job in saves)
+            elif not saves:  # copying them out takes part of the step
+                self._planner.steps(self._number, _work(scheduler_output))
+        self._jobs, self._met_again, self._fetch, self._seen_prompts = [], {}, [], []
+        self._crowd.next_step()
         self._answered.clear()
         return plan
 
@@ -220,6 +266,8 @@ class SchedulerSide:
         """
         if not isinstance(outcome, StepOutcome):
             return
+        if self._planner is not None:
+            self._planner.learn(outcome)
         for request_id, done in outcome.outcomes.items():
             blend = self._blends.get(request_id)
             digest = blend.digest if blend is not None else ""
@@ -275,6 +323,10 @@ class SchedulerSide:
         if blocked is not None:
             return blocked, report
         assert self._library is not None
+        planner = self._planner if wish.planner and wish.ingest is None else None
+        hopeless = None if planner is None else planner.hopeless(request.num_prompt_tokens)
+        if hopeless is not None:
+            return hopeless, report
         started = time.perf_counter()
         prompt = as_token_ids(request.prompt_token_ids)
         if wish.ingest is not None:
@@ -287,17 +339,63 @@ class SchedulerSide:
         if not plan.runs:
             return self._nothing_matched(wish.tenant), report
         recipe = wish.recipe
-        sees_question = Evidence.QUESTION_ATTENTION in get_selector(recipe.selector).needs
-        digest = plan.digest(
-            recipe.selector,
-            recipe.ratio,
-            recipe.span,
-            sees_question=sees_question,
-            coverage=recipe.coverage,
-            full_share=recipe.full_share,
-        )
-        self._blends[request.request_id] = _Blend(prompt, plan, recipe, digest)
+        self._blends[request.request_id] = _Blend(prompt, plan, recipe, _digest(plan, recipe), planner is not None)
         return None, report
+
+    def _weigh(self, request: Request, blend: _Blend, cached: int) -> None:
+        """Decide which of the chunks are loaded, or to blend nothing, or not to decide yet."""
+        assert self._planner is not None
+        if blend.digest in self._choices:
+            blend.take(self._choices[blend.digest])
+        if blend.digest in self._seen_digests:
+            blend.undecided = False  # its KV may well be in the prefix cache
+            return
+        found = blend.plan.clip(cached, self._config.min_run)
+        if not found.runs:
+            return
+        choice = self._planner.choose(found, blend.recipe)
+        reason = choice.reason
+        if choice.worth_it and self._crowd.answers(request, self._live.values()):
+            reason = self._crowd.too_large(self._tokens(choice.plan, blend.recipe))
+            step = self._planner.pace.forward.seconds(Work(self._crowd.limit))
+            if reason is None and choice.loading > step:
+                reason = self._wait_for_chunks(blend, choice, step)
+                if reason is None:
+                    return
+        if choice.slow:
+            self._fetch.extend(choice.slow)
+        if reason is not None:
+            del self._blends[request.request_id]
+            self._note(request.request_id, reason=reason)
+            return
+        left_out = {(run.key, run.stop) for run in found.runs if run not in choice.plan.runs}
+        if left_out:
+            whole = blend.digest
+            blend.take(blend.plan.keeping(run for run in blend.plan.runs if (run.key, run.stop) not in left_out))
+            self._choices[whole] = blend.plan
+            if len(self._choices) > _DIGESTS_REMEMBERED:
+                self._choices.popitem(last=False)
+        blend.undecided = False
+
+    def _wait_for_chunks(self, blend: _Blend, choice: Choice, step: float) -> str | None:
+        """Have far chunks brought near beside running answers, which loading them here would hold up; a reason if
+        that took too long."""
+        now = time.monotonic()
+        if blend.patience == math.inf:
+            blend.patience = now + _PATIENCE * choice.loading
+            self._fetch.extend(run.key for run in choice.plan.runs)
+        if now < blend.patience:
+            return None
+        return (
+            f"its chunks were not loaded in time, and waiting for them would hold up running answers: "
+            f"{choice.loading * 1e3:,.0f} ms, where a step takes {step * 1e3:,.0f} ms"
+        )
+
+    def _tokens(self, plan: BlendPlan, recipe: Recipe) -> int:
+        """That blending by this plan puts through the model in one step; without a pace, at most."""
+        if self._planner is not None:
+            return self._planner.tokens(plan, recipe)
+        return round(blend_work(plan, effort_of(recipe, None)).tokens)
 
     def _plan_saving(self, request_id: str, prompt: TokenIds, ingest: Ingest, tenant: str) -> str | None:
         assert self._library is not None
@@ -374,6 +472,25 @@ class SchedulerSide:
 
     def _note(self, request_id: str, **changes: Any) -> None:
         self._reports[request_id] = replace(self._reports[request_id], **changes)
+
+
+def _digest(plan: BlendPlan, recipe: Recipe) -> str:
+    return plan.digest(
+        recipe.selector,
+        recipe.ratio,
+        recipe.span,
+        sees_question=Evidence.QUESTION_ATTENTION in get_selector(recipe.selector).needs,
+        coverage=recipe.coverage,
+        full_share=recipe.full_share,
+    )
+
+
+def _work(step: SchedulerOutput) -> Work:
+    """What vLLM itself computes in a step."""
+    begins = {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
+    running = step.scheduled_cached_reqs
+    begins.update(zip(running.req_ids, running.num_computed_tokens, strict=True))
+    return Work.of((first, first + step.num_scheduled_tokens[request_id]) for request_id, first in begins.items())
 
 
 def _completed(report: BlendReport, done: Outcome) -> BlendReport:

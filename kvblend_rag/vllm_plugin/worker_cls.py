@@ -6,8 +6,10 @@ A connector is not given the model by vLLM; a worker subclass is the supported w
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvblend_rag.vllm_plugin import compat
@@ -31,6 +33,13 @@ class KVBlendWorker(compat.platform_worker()):  # type: ignore[misc]
         if self.cache_config.kv_cache_memory_bytes:
             return available
         return available - hot_bytes(self.vllm_config)
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """As the platform's, timed."""
+        connector = compat.find_connector(KVBlendConnector)
+        plan = scheduler_output.kv_connector_metadata
+        with contextlib.nullcontext() if connector is None else connector.worker.step(plan):
+            return super().execute_model(scheduler_output)
 
     def kvblend(self, method: str, *arguments: Any) -> Any:
         """Call a public method of the worker side; see WorkerSide for their names."""

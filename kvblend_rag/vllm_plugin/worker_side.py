@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
@@ -16,9 +17,11 @@ from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from kvblend_rag.blend.context import ingest_context
+from kvblend_rag.blend.cost import Pace
 from kvblend_rag.calibration.verdict import preferred_context
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import KVBlendError
+from kvblend_rag.report import TierLoad
 from kvblend_rag.store import StoredChunk, TieredStore, open_catalogue, open_store
 from kvblend_rag.vllm_plugin import compat
 from kvblend_rag.vllm_plugin.audit import Audit
@@ -35,9 +38,14 @@ from kvblend_rag.vllm_plugin.metadata import (
     SaveJob,
     SeenPrompt,
     StepOutcome,
+    StepPlan,
 )
 from kvblend_rag.vllm_plugin.paged_kv import PagedKV
 from kvblend_rag.vllm_plugin.ranks import Ranks
+from kvblend_rag.vllm_plugin.rehearsal import Rehearsal, Shelf
+from kvblend_rag.vllm_plugin.request import recipe_of
+from kvblend_rag.vllm_plugin.scout import Scout
+from kvblend_rag.vllm_plugin.stopwatch import Stopwatch
 from kvblend_rag.vllm_plugin.survey import Refused, check_shift, refuse_options, survey_layers
 from kvblend_rag.vllm_plugin.writer import Writer
 
@@ -71,6 +79,8 @@ class WorkerSide:
         self._hot: HotChunks | None = None
         self._store: TieredStore | None = None
         self._writer: Writer | None = None
+        self._scout: Scout | None = None
+        self._stopwatch = Stopwatch(torch.device("cpu"))
         self._trace: torch.profiler.profile | None = None
 
     def bind(self, runner: Any) -> None:
@@ -86,7 +96,8 @@ class WorkerSide:
     def blend(self, jobs: Iterable[BlendJob]) -> None:
         """Blend requests, in the order in which they were admitted."""
         for job in jobs:
-            outcome = self._outcomes[job.request_id] = self._blender.blend(job)
+            with self._stopwatch.blend(job.request_id):
+                outcome = self._outcomes[job.request_id] = self._blender.blend(job)
             if outcome.fallback is None:
                 self._keep_account(job.request_id, outcome.uncovered)
 
@@ -119,12 +130,25 @@ class WorkerSide:
                     half.copy_(tokens[job.start :])
             writer.write(StoredChunk(job.key, job.namespace, job.token_ids, kv))
 
+    def fetch(self, keys: Sequence[str]) -> None:
+        """Bring chunks into host memory beside the engine's work."""
+        if keys and self._scout is not None:
+            self._scout.fetch(keys)
+
     def take_outcomes(self) -> StepOutcome | None:
-        """What was blended since the last call."""
-        if not self._outcomes:
-            return None
+        """What was blended and measured since the last call."""
         outcomes, self._outcomes = self._outcomes, {}
-        return StepOutcome(outcomes)
+        outcome = StepOutcome(outcomes)
+        if self._store is not None:
+            outcome.in_memory = self._store.take_changes()
+        if self._scout is not None:
+            outcome.loads = self._scout.take_loads()
+        outcome.step_seconds, outcome.blend_seconds = self._stopwatch.take()
+        return outcome if any(vars(outcome).values()) else None
+
+    def step(self, plan: object) -> contextlib.AbstractContextManager[None]:
+        """Around one of vLLM's steps, which is timed; the plan is what the scheduler sent along."""
+        return self._stopwatch.step(plan.number) if isinstance(plan, StepPlan) else contextlib.nullcontext()
 
     # Called from outside through KVBlendWorker.kvblend
 
@@ -207,6 +231,8 @@ class WorkerSide:
 
     def close(self) -> None:
         """Finish writing and close the store; a second call does nothing."""
+        if self._scout is not None:
+            self._scout.close()
         if self._writer is not None:
             self._writer.close()
         if self._store is not None:
@@ -219,6 +245,8 @@ class WorkerSide:
 
     def _survey(self) -> Handshake:
         refusal, identity, context = None, "", []
+        pace: Pace | None = None
+        loads: list[TierLoad] = []
         ranks = Ranks()
         try:
             unsupported = compat.unsupported_version()
@@ -242,16 +270,39 @@ class WorkerSide:
                 context = ingest_context(kind, tokenizer, self._config.system_prompt)
             shard = (ranks.rank, ranks.size)
             self._store = open_store(self._config, shard, pin=self._paged.device.type == "cuda")
-            self._writer = Writer(self._store, open_catalogue(self._config), shard, self._paged.device)
+            catalogue = open_catalogue(self._config)
+            self._writer = Writer(self._store, catalogue, shard, self._paged.device)
             loader = _fastest_loader(self._paged)
             self._hot = HotChunks(hot_bytes(self._vllm_config), self._paged.device)
             self._blender = Blender(self._paged, forward, loader, self._store, self._hot, len(context), ranks)
             longest = int(self._vllm_config.model_config.max_model_len)
             self._audit = Audit(self._paged, forward, loader, self._store, context, longest)
+            if self._config.planner:
+                pace = self._rehearse(forward, loader, len(context), ranks)
+                self._stopwatch = Stopwatch(self._paged.device)
+                self._scout = Scout(self._store)
+                self._scout.measure(catalogue)
+                loads = self._scout.take_loads()
+                logger.info("kvblend's planner goes by %s and %s.", pace, loads)
         except (Refused, ValueError, KVBlendError) as error:
             refusal = str(error).rstrip(".")
             logger.warning("kvblend does not blend: %s.", refusal)
-        return Handshake(identity, tuple(context), refusal, ranks.rank, ranks.size)
+        return Handshake(identity, tuple(context), refusal, ranks.rank, ranks.size, pace, tuple(loads))
+
+    def _rehearse(self, forward: ScatteredForward, loader: Loader, context_tokens: int, ranks: Ranks) -> Pace | None:
+        """How fast this worker computes and blends, in free blocks, before the first request."""
+        shelf, nothing_hot = Shelf(self._paged), HotChunks(0, self._paged.device)
+        model = self._vllm_config.model_config
+        rehearsal = Rehearsal(
+            self._paged,
+            forward,
+            Blender(self._paged, forward, loader, shelf, nothing_hot, context_tokens, ranks).blend,
+            shelf,
+            blocks=self._runner.kv_cache_config.num_blocks,
+            max_model_len=int(model.max_model_len),
+            vocabulary=model.get_vocab_size(),
+        )
+        return rehearsal.run(recipe_of(self._config))
 
 
 def hot_bytes(vllm_config: VllmConfig) -> int:

@@ -82,6 +82,7 @@ def config(tiny_model: Callable[[str], Path], small_disk: Path | None, tmp_path_
         model=str(tiny_model("llama")),
         store_path=str((small_disk or tmp_path_factory.mktemp("commands")) / "store"),
         system_prompt="Answer the question from the documents.",
+        planner=False,  # a tiny model is computed sooner than anything is loaded
         engine_args={
             "enforce_eager": True,
             "dtype": "float32",

@@ -107,6 +107,11 @@ REASONS = {
         *assigned("vllm_plugin/scheduler_side.py"),
         *constants("ingest.py", "STORING"),
     ],
+    "planner": [
+        *returned("blend/choice.py", "reason", "hopeless"),
+        *returned("vllm_plugin/crowd.py", "too_large"),
+        *returned("vllm_plugin/scheduler_side.py", "_wait_for_chunks"),
+    ],
     "request": [*raised("vllm_plugin/request.py", "ConfigError")],
     "blender": [*raised("vllm_plugin/blender.py", "ChunkDamaged"), *assigned("vllm_plugin/blender.py"), *damages()],
     "guard": [*assigned("guard.py")],

@@ -51,7 +51,11 @@ def measure(family: str, eager: bool, folder: Path) -> dict:
 
     rng = np.random.default_rng(0)
     config = BlendConfig(
-        store_path=str(folder / f"store-{family}"), ingest_context="none", chunk_size=512, max_device_gb=1
+        store_path=str(folder / f"store-{family}"),
+        ingest_context="none",
+        chunk_size=512,
+        max_device_gb=1,
+        planner=False,
     )
     greedy = SamplingParams(max_tokens=16, temperature=0, logprobs=5, ignore_eos=True, detokenize=False)
     found: dict = {"differences": {}}

@@ -31,7 +31,7 @@ QUESTION = "\n\n".join(TEXTS) + "\n\nQuestion: How long is the warranty?"
 def served(running_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The reader behind plain `vllm serve`, and a store filled by another process before."""
     model, folder = prepare_reader(progress=False), tmp_path_factory.mktemp("plain")
-    settings = {"store_path": str(folder / "store")}
+    settings = {"store_path": str(folder / "store"), "planner": False}
     arguments = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "kv_cache_memory_bytes": 1 << 28}
     with KVBlend.from_config(model=str(model), engine_args=arguments, **settings) as kv:
         assert kv.ingest(TEXTS, progress=False).computed == len(TEXTS)

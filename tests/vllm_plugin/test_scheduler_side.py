@@ -20,7 +20,7 @@ from kvblend_rag.store import open_catalogue
 from kvblend_rag.vllm_plugin.metadata import Handshake, Outcome, StepOutcome
 from kvblend_rag.vllm_plugin.scheduler_side import SchedulerSide
 
-BLOCK, CONTEXT = 16, tuple(range(32))
+BLOCK, CONTEXT, LIMIT = 16, tuple(range(32)), 512
 RNG = np.random.default_rng(0)
 CHUNK, HEADER, QUESTION = (RNG.integers(100, 10_000, size).astype(np.int32) for size in (80, 20, 30))
 PROMPT = np.concatenate([HEADER, CHUNK, QUESTION])
@@ -34,6 +34,7 @@ def side(tmp_path):
     vllm_config = SimpleNamespace(
         kv_transfer_config=SimpleNamespace(kv_connector_extra_config=config.connector_settings()),
         cache_config=SimpleNamespace(block_size=BLOCK, hash_block_size=None),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=LIMIT),
     )
     with_chunk = open_catalogue(config)
     with_chunk.hold("", [KEY], "")
@@ -258,6 +259,7 @@ def beside_a_verdict(tmp_path, **changes):
     vllm_config = SimpleNamespace(
         kv_transfer_config=SimpleNamespace(kv_connector_extra_config=config.connector_settings()),
         cache_config=SimpleNamespace(block_size=BLOCK, hash_block_size=None),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=LIMIT),
     )
     side = SchedulerSide(vllm_config)
     side.learn([Handshake("model", CONTEXT, None, 0, 1)])
@@ -319,6 +321,7 @@ def test_without_a_handshake_or_with_a_refusal_nothing_is_blended(tmp_path, make
     vllm_config = SimpleNamespace(
         kv_transfer_config=SimpleNamespace(kv_connector_extra_config=config.connector_settings()),
         cache_config=SimpleNamespace(block_size=BLOCK, hash_block_size=None),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=LIMIT),
     )
     for handshakes, why in (([], "workers did not report"), ([Handshake("", (), "it is odd", 0, 1)], "it is odd")):
         side = SchedulerSide(vllm_config)

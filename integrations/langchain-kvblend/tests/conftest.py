@@ -64,6 +64,7 @@ def reader_kv(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVBlend]:
     kv = KVBlend.from_config(
         model=str(model),
         store_path=str(tmp_path_factory.mktemp("reader-store")),
+        planner=False,  # prompts are short here, and what is tested is the blend
         engine_args={
             "dtype": "float32",
             "enforce_eager": True,

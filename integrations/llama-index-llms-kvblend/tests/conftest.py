@@ -96,6 +96,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVBlend]:
     kv = KVBlend.from_config(
         model=str(prepare_reader(progress=False)),
         store_path=str(tmp_path_factory.mktemp("reader") / "store"),
+        planner=False,  # prompts are short here, and what is tested is the blend
         engine_args={
             "dtype": "float32",
             "enforce_eager": True,

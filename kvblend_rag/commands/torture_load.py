@@ -1,0 +1,265 @@
+"""Many streaming clients at once, some of whom leave: is every answer right, is anything stuck or left behind?
+
+A small model with random weights in float32, a cache that is too small for all, so that requests are preempted, and
+the prefix cache on. Each client asks, reads the stream, and in some cases leaves it, again and again. What they ask
+comes from a set of prompts whose answers are known: asked alone before, on an empty prefix cache.
+
+- ``plain`` and ``everything`` (all reused tokens recomputed) must give the plain answer.
+- ``none`` (nothing recomputed) and ``question`` must give what the same request gave alone. A preempted blend may
+  begin again from a part of its own, so ``question`` is held to it only while nobody was preempted.
+
+An answer is wrong from the first token that differs, unless the two likeliest were as good as equal there: what else
+is in a batch changes the last bits of a float32.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvblend_rag.blend.chunk import TokenIds, as_token_ids
+from kvblend_rag.commands.arms import greedy
+from kvblend_rag.commands.random_model import VOCABULARY, write_random_model
+from kvblend_rag.config import BlendConfig
+from kvblend_rag.report import BlendReport
+
+if TYPE_CHECKING:
+    from kvblend_rag.llm import LLM
+
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {"blend": False},
+    "everything": {"selector": "everything", "ratio": 1.0},
+    "none": {"selector": "none"},
+    "question": {"selector": "question", "ratio": 0.2},
+}
+_PROMPTS = 24
+"""Of each arm."""
+
+_ANSWER = 24
+_LEAVING = 0.2
+_TIE = 2e-3
+"""Nats between the two likeliest tokens, below which either is right."""
+
+_STUCK_SECONDS = 120.0
+_BLOCK = 128
+_GROWTH = 96 << 20
+"""Bytes that a process may grow by: allocators keep what they once had."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt in one way, and its answer."""
+
+    arm: str
+    prompt: TokenIds
+    token_ids: tuple[int, ...] = ()
+    margins: tuple[float, ...] = ()
+    """Between the two likeliest tokens at each place, in nats."""
+
+    def differs(self, token_ids: Sequence[int]) -> bool:
+        """Whether an answer, whole or the beginning of one, is another."""
+        for place, (found, expected) in enumerate(zip(token_ids, self.token_ids, strict=False)):
+            if found != expected:
+                return self.margins[place] > _TIE
+        return False
+
+
+def run(
+    folder: Path, *, clients: int = 500, minutes: float = 10.0, seed: int = 0, show: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Ask for so long.
+
+    Args:
+        folder: an empty one, for model and store.
+        clients: at once.
+        minutes: of load.
+        seed: of prompts and clients.
+        show: told how it goes.
+
+    Returns:
+        JSON-able: requests by arm and outcome, preemptions, memory of each process by minute; ``wrong``, a sentence
+        a violation.
+    """
+    from kvblend_rag.llm import LLM
+
+    model = write_random_model(folder / "model")
+    config = BlendConfig(
+        store_path=str(folder / "store"),
+        ingest_context="none",
+        chunk_size=256,
+        min_run=1,
+        max_memory_gb=0.004,
+        planner=False,
+    )
+    options = {
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 1024,
+        "num_gpu_blocks_override": 64,
+        "kv_cache_memory_bytes": 1 << 28,
+        "disable_log_stats": False,
+    }
+    with LLM(model, config=config, **options) as llm:
+        return _Load(llm, clients, random.Random(seed), np.random.default_rng(seed)).run(60 * minutes, show)
+
+
+class _Load:
+    def __init__(self, llm: LLM, clients: int, draw: random.Random, rng: np.random.Generator) -> None:
+        self._llm, self._clients, self._draw, self._rng = llm, clients, draw, rng
+        self._counts: Counter[str] = Counter()
+        self._wrong: list[str] = []
+        self._under_way: dict[int, tuple[float, str]] = {}
+
+    def run(self, seconds: float, show: Callable[[str], None]) -> dict[str, Any]:
+        llm, engine = self._llm, self._llm.kvblend.engine
+        chunks = [self._tokens(int(size)) for size in self._rng.integers(60, 200, 30)]
+        llm.kvblend.ingest(chunks, progress=False)
+        known = [self._alone(arm, self._prompt(chunks)) for arm in ARMS for _ in range(_PROMPTS)]
+        before = _preemptions()
+        memory = engine.run(self._ask_all(known, seconds, show))
+        if not engine.run(engine.reset_prefix_cache()):
+            self._wrong.append("blocks of the paged cache are still in use when nobody asks any more")
+        again = [self._alone(each.arm, each.prompt) for each in known[:: _PROMPTS // 2]]
+        for one, other in zip(known[:: _PROMPTS // 2], again, strict=True):
+            if one.differs(other.token_ids):
+                self._wrong.append(f"{one.arm}: after the load, the same request alone gives another answer")
+        preempted = _preemptions() - before
+        if not preempted:
+            self._wrong.append("nothing was preempted: the cache was not too small")
+        for name, sizes in memory.items():
+            if len(sizes) > 2 and sizes[-1] - sizes[len(sizes) // 3] > _GROWTH:
+                self._wrong.append(f"{name} grew from {sizes[len(sizes) // 3]:,} to {sizes[-1]:,} bytes")
+        return {
+            "clients": self._clients,
+            "seconds": seconds,
+            "requests": dict(sorted(self._counts.items())),
+            "preemptions": preempted,
+            "memory_bytes": memory,
+            "wrong": self._wrong,
+        }
+
+    async def _ask_all(
+        self, known: Sequence[Asked], seconds: float, show: Callable[[str], None]
+    ) -> dict[str, list[int]]:
+        until = time.monotonic() + seconds
+        tasks = [asyncio.ensure_future(self._client(index, known, until)) for index in range(self._clients)]
+        memory: dict[str, list[int]] = {}
+        interval = max(min(20.0, seconds / 6), 1.0)
+        while time.monotonic() < until:
+            await asyncio.sleep(min(interval, max(until - time.monotonic(), 0.01)))
+            for name, size in _resident().items():
+                memory.setdefault(name, []).append(size)
+            show(f"{sum(self._counts.values()):,} answers, {len(self._wrong)} wrong")
+        _, stuck = await asyncio.wait(tasks, timeout=_STUCK_SECONDS)
+        for task in stuck:
+            task.cancel()
+        if stuck:
+            self._wrong.append(f"{len(stuck)} requests were not answered within {_STUCK_SECONDS:g} s of the last one")
+        for task in tasks:
+            if task not in stuck and task.exception() is not None:
+                self._wrong.append(f"a client ended with {task.exception()!r}")
+        return memory
+
+    async def _client(self, index: int, known: Sequence[Asked], until: float) -> None:
+        draw = random.Random(f"{index} {self._draw.random()}")
+        while time.monotonic() < until:
+            asked = draw.choice(known)
+            leave = draw.randrange(_ANSWER) if draw.random() < _LEAVING else None
+            before = _preemptions()
+            found: list[int] = []
+            async for output in self._llm.stream(asked.prompt, _sampling(), blend=ARMS[asked.arm]):
+                found = list(output.outputs[0].token_ids)
+                if leave is not None and len(found) > leave:
+                    break
+            outcome = "answered" if leave is None else "left"
+            differs = asked.differs(found)
+            if differs and asked.arm == "question":
+                await asyncio.sleep(1.0)  # its counter comes a step behind
+                differs = _preemptions() == before
+            if differs:
+                outcome = "wrong"
+                self._wrong.append(f"{asked.arm}: {found} in place of {list(asked.token_ids[: len(found)])}")
+            elif leave is None and len(found) != _ANSWER:
+                outcome = "cut"
+                self._wrong.append(f"{asked.arm}: an answer ended after {len(found)} of {_ANSWER} tokens")
+            elif leave is None and asked.arm != "plain" and not _was_blended(output.report):
+                outcome = "not blended"
+                self._wrong.append(f"{asked.arm}: not blended: {output.report.reason}")
+            self._counts[f"{asked.arm} {outcome}"] += 1
+
+    def _alone(self, arm: str, prompt: TokenIds) -> Asked:
+        """What a request gives alone; where everything is recomputed, what plain vLLM gives."""
+        engine = self._llm.kvblend.engine
+        engine.run(engine.reset_prefix_cache())
+        reference = ARMS["plain" if arm == "everything" else arm]
+        (output,) = self._llm.generate([prompt], _sampling(logprobs=2), blend=reference)
+        completion = output.outputs[0]
+        margins = []
+        for choices in completion.logprobs or ():
+            best = sorted((choice.logprob for choice in choices.values()), reverse=True)
+            margins.append(best[0] - best[1])
+        return Asked(arm, prompt, tuple(completion.token_ids), tuple(margins))
+
+    def _prompt(self, chunks: Sequence[TokenIds]) -> TokenIds:
+        """A header of its own, so that no other prompt's exact blocks are hit, and some chunks in a new order."""
+        chosen = self._rng.choice(len(chunks), 3, replace=False)
+        parts = [self._tokens(12), *(chunks[index] for index in chosen), self._tokens(20)]
+        return as_token_ids(np.concatenate(parts))
+
+    def _tokens(self, count: int) -> TokenIds:
+        return self._rng.integers(5, VOCABULARY, count).astype(np.int32)
+
+
+def _sampling(**more: Any) -> Any:
+    return greedy(_ANSWER, ignore_eos=True, detokenize=False, **more)
+
+
+def _was_blended(report: BlendReport) -> bool:
+    return report.blended or report.reason == "the same blend's KV was in vLLM's own prefix cache"
+
+
+def _preemptions() -> int:
+    from prometheus_client import REGISTRY
+
+    found = (
+        sample.value
+        for metric in REGISTRY.collect()
+        for sample in metric.samples
+        if sample.name == "vllm:num_preemptions_total"
+    )
+    return int(sum(found))
+
+
+def _resident() -> dict[str, int]:
+    """Bytes in memory of this process and of those it started, by name."""
+    parents, names, sizes = {}, {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
+            pid, fields = int(folder.name), rest.split()
+            parents[pid], names[pid] = int(fields[1]), name
+            sizes[pid] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+    ours = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    found: dict[str, int] = {}
+    for pid in ours:
+        name = "client" if pid == os.getpid() else names[pid]
+        found[name] = found.get(name, 0) + sizes[pid]
+    return found
+
+
+__all__ = ["ARMS", "Asked", "run"]

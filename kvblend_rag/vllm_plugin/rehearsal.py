@@ -1,0 +1,171 @@
+"""Rehearsal: forward passes and blends of random tokens, timed before the first request.
+
+What a blend costs depends on the model, the device and the layout of the cache, and a first blend also allocates
+and compiles. So it is tried, in free blocks, on chunks that nobody stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+
+from kvblend_rag.blend.cost import ForwardPace, Pace, Work, blend_seconds
+from kvblend_rag.blend.match import Match
+from kvblend_rag.blend.plan import BlendPlan
+from kvblend_rag.report import TierLoad
+from kvblend_rag.selectors.base import Evidence
+from kvblend_rag.vllm_plugin.evidence import shares
+from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
+from kvblend_rag.vllm_plugin.metadata import BlendJob, Outcome, Recipe
+from kvblend_rag.vllm_plugin.paged_kv import PagedKV
+from kvblend_rag.vllm_plugin.planner import effort_of
+
+_SECONDS = 0.1
+"""A pass is as long as this allows: the reader's 150 tokens on two cores."""
+
+_FEWEST, _MOST = 64, 2048
+_LEAST_ROOM = 128
+"""Tokens: a shorter context has no prompts of several chunks."""
+
+_HEADER, _QUESTION = 16, 32
+_REPEATS = 4
+"""The least time counts: another process disturbs some passes, hardly all."""
+
+
+class Shelf:
+    """Chunks of random KV in place of a store."""
+
+    def __init__(self, paged: PagedKV) -> None:
+        self._paged = paged
+        self._kv: dict[str, torch.Tensor] = {}
+
+    def put(self, key: str, tokens: int) -> None:
+        """Keep a chunk of so many tokens."""
+        paged = self._paged
+        kv = torch.zeros(paged.chunk_shape(tokens), dtype=paged.dtype).normal_()
+        self._kv[key] = kv.pin_memory() if paged.device.type == "cuda" else kv
+
+    def get_many(self, keys: Iterable[str], loads: list[TierLoad] | None = None) -> dict[str, tuple[torch.Tensor, str]]:
+        """As ``TieredStore.get_many``."""
+        return {key: (self._kv[key], "memory") for key in keys}
+
+    def touch(self, key: str) -> None:
+        """Nothing grows old here."""
+
+
+class Rehearsal:
+    """Times one worker; every rank does the same.
+
+    Args:
+        paged: the paged cache; its first blocks are written to.
+        forward: computes.
+        blend: of a blender over ``shelf``.
+        shelf: where the blender finds chunks.
+        blocks: of the cache.
+        max_model_len: positions that the model knows.
+        vocabulary: token ids are below it.
+    """
+
+    def __init__(
+        self,
+        paged: PagedKV,
+        forward: ScatteredForward,
+        blend: Callable[[BlendJob], Outcome],
+        shelf: Shelf,
+        *,
+        blocks: int,
+        max_model_len: int,
+        vocabulary: int,
+    ) -> None:
+        self._paged, self._forward, self._blend, self._shelf = paged, forward, blend, shelf
+        self._room = min(max_model_len - 1, (blocks - 1) * paged.block_size)
+        generator = np.random.default_rng(0)
+        self._tokens = generator.integers(3, vocabulary, self._room).astype(np.int32)
+        self._blocks = np.arange(1, 1 + -(-self._room // paged.block_size), dtype=np.int32)
+
+    @torch.inference_mode()
+    def run(self, recipe: Recipe) -> Pace | None:
+        """The engine's pace, with blends as the recipe says; None where there is no room to try."""
+        if self._room < _LEAST_ROOM:
+            return None
+        count = self._size()
+        share = shares(self._paged)
+        pace = Pace(
+            self._forward_pace(count),
+            blend=0.0,
+            placed=0.0,
+            token_bytes=self._token_bytes(),
+            question_share=share[Evidence.QUESTION_ATTENTION],
+            deviation_share=share[Evidence.DEVIATION],
+        )
+        effort = effort_of(recipe, pace)
+        over = []
+        for chunks in (1, 4):
+            plan = self._plan(chunks, max(count // 4, 16))
+            job = BlendJob("rehearsal", self._tokens, self._blocks, 0, plan, recipe)
+            seconds = self._timed(lambda job=job: self._blend(job))  # type: ignore[misc]
+            last = pace.forward.seconds(Work.of([(plan.prompt_tokens - 1, plan.prompt_tokens)]))
+            over.append((plan.reused_tokens, seconds - (blend_seconds(plan, effort, pace) - last)))
+        (few, short), (many, long) = over
+        placed = max((long - short) / (many - few), 0.0)
+        fixed = max(short - placed * few, 0.0)
+        return dataclasses.replace(pace, blend=fixed, placed=placed)
+
+    def _size(self) -> int:
+        """Tokens of a pass that is long enough to be measured, and no longer."""
+        seconds = self._timed(lambda: self._pass([(0, min(_FEWEST, self._room))]))
+        wanted = int(_FEWEST * _SECONDS / max(seconds, 1e-9))
+        most = min(_MOST, self._forward.max_tokens, (self._room - _HEADER - _QUESTION))
+        return max(min(wanted, most), min(_FEWEST, most))
+
+    def _forward_pace(self, count: int) -> ForwardPace:
+        """From a short pass, a long one, one far behind, and one of many short rows."""
+        far, few = self._room - count, max(count // 16, 1)
+        rows = min(self._forward.max_rows, count // 16, self._room // 32) or 1
+        step = self._room // rows
+        shapes = [
+            [(0, few)],
+            [(0, count)],
+            [(far, far + count)],
+            [(index * step, index * step + count // rows) for index in range(rows)],
+        ]
+        samples = [(Work.of(ranges), self._timed(lambda r=ranges: self._pass(r))) for ranges in shapes]  # type: ignore[misc]
+        return ForwardPace.fit(samples, max_tokens=self._forward.max_tokens, max_rows=self._forward.max_rows)
+
+    def _pass(self, ranges: Iterable[tuple[int, int]]) -> None:
+        self._forward.run([Row(self._tokens, self._blocks, start, stop) for start, stop in ranges])
+
+    def _plan(self, chunks: int, tokens: int) -> BlendPlan:
+        tokens = min(tokens, (self._room - _HEADER - _QUESTION) // chunks - 1)
+        runs = []
+        for index in range(chunks):
+            self._shelf.put(f"rehearsal {index}", tokens)
+            runs.append(Match(f"rehearsal {index}", _HEADER + index * (tokens + 1), 0, tokens))
+        return BlendPlan(runs[-1].stop + _QUESTION, tuple(runs))
+
+    def _timed(self, act: Callable[[], object]) -> float:
+        """The least seconds of some, the first of its kind not counted."""
+        act()
+        best = math.inf
+        for _ in range(_REPEATS):
+            self._wait()
+            started = time.perf_counter()
+            act()
+            self._wait()
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    def _wait(self) -> None:
+        if self._paged.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _token_bytes(self) -> int:
+        return math.prod(self._paged.chunk_shape(1)) * self._paged.dtype.itemsize
+
+
+__all__ = ["Rehearsal", "Shelf"]

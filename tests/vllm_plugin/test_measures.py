@@ -1,0 +1,185 @@
+"""What workers measure: steps without their blends, reads by tier, what is in memory; no engine is needed."""
+
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+
+from kvblend_rag.blend.cost import ForwardPace, Pace, Work
+from kvblend_rag.errors import ChunkMissing
+from kvblend_rag.selectors import names
+from kvblend_rag.selectors.base import Evidence
+from kvblend_rag.store import Catalogue, DiskStore, MemoryStore, StoredChunk, TieredStore
+from kvblend_rag.store.listing import put_and_list
+from kvblend_rag.vllm_plugin.evidence import shares
+from kvblend_rag.vllm_plugin.metadata import Outcome, Recipe
+from kvblend_rag.vllm_plugin.planner import effort_of
+from kvblend_rag.vllm_plugin.rehearsal import Rehearsal, Shelf
+from kvblend_rag.vllm_plugin.scout import Scout
+from kvblend_rag.vllm_plugin.stopwatch import Stopwatch
+
+
+def chunk(number, tokens=8):
+    token_ids = np.arange(number * 1000, number * 1000 + tokens, dtype=np.int32)
+    return StoredChunk(f"{number:032x}", "space", token_ids, torch.full((2, 2, tokens, 1, 4), float(number)))
+
+
+def test_a_blend_is_no_part_of_its_step():
+    watch = Stopwatch(torch.device("cpu"))
+    with watch.step(7):
+        time.sleep(0.02)
+        with watch.blend("a"):
+            time.sleep(0.05)
+    with watch.step(8):
+        pass
+    steps, blends = watch.take()
+    assert list(steps) == [7, 8]
+    assert steps[7] >= 0.02
+    assert steps[8] < steps[7]
+    assert blends["a"] >= 0.05
+    assert watch.take() == ({}, {})
+
+
+@pytest.fixture
+def store(tmp_path):
+    catalogue = Catalogue(tmp_path)
+    store = TieredStore([MemoryStore(3 * chunk(0).kv.nbytes), DiskStore(tmp_path, catalogue=catalogue)])
+    yield store
+    store.close()
+
+
+def test_reads_are_counted_by_the_tier_they_came_from(store):
+    for number in range(5):
+        store.put(chunk(number))
+    loads = []
+    store.get_many([chunk(4).key, chunk(0).key, chunk(1).key, chunk(4).key], loads)
+    size = chunk(0).kv.nbytes
+    assert {load.tier: (load.chunks, load.bytes) for load in loads} == {"memory": (1, size), "disk": (2, 2 * size)}
+    assert all(load.milliseconds > 0 for load in loads)
+    with pytest.raises(ChunkMissing):
+        store.get_many([chunk(2).key, "f" * 32], loads)
+    assert len(loads) == 3  # what could be read before that is told too
+    store.get_many([chunk(2).key])
+    assert len(loads) == 3
+
+
+def test_what_came_to_memory_and_left_it(store):
+    for number in range(5):
+        store.put(chunk(number))
+    assert store.take_changes() == {chunk(number).key: number >= 2 for number in range(5)}
+    assert store.take_changes() == {}
+    store.read(chunk(0).key)
+    assert store.take_changes() == {chunk(0).key: True, chunk(2).key: False}
+    store.delete([chunk(0).key])
+    assert store.take_changes() == {chunk(0).key: False}
+
+
+def test_a_scout_measures_what_is_stored_and_fetches_what_is_asked_for(tmp_path, store):
+    catalogue = Catalogue(tmp_path)
+    put_and_list(store, catalogue, [chunk(number) for number in range(6)], (0, 1))
+    assert sorted(catalogue.sample(3)) == sorted(set(catalogue.sample(3)))
+    scout = Scout(store)
+    scout.measure(catalogue)
+    loads = scout.take_loads()
+    assert sum(load.chunks for load in loads if load.tier == "disk") >= 3
+    assert scout.take_loads() == []
+    far = [key for key in (chunk(number).key for number in range(6)) if not store.tiers[0].contains(key)]
+    scout.fetch(["f" * 32])  # there is no such chunk, and nobody is told
+    scout.fetch(far[:2])
+    deadline = time.monotonic() + 20
+    while not all(store.tiers[0].contains(key) for key in far[:2]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    scout.close()
+    scout.close()
+    assert not scout._thread.is_alive()
+    catalogue.close()
+
+
+@pytest.mark.parametrize("selector", sorted(names()))
+def test_what_a_selector_makes_a_worker_compute(selector):
+    share = shares(Paged)
+    # of the six far-sighted layers, the middle two are 4 and 6
+    assert share == {Evidence.QUESTION_ATTENTION: 7 / 12, Evidence.DEVIATION: 2 / 12}
+    pace = Pace(ForwardPace(1.0, 1.0), 0.0, 0.0, 1, *share.values())
+    effort = effort_of(Recipe(selector, 0.2, 16), pace)
+    wanted = {"question": (7 / 12, 0.0), "deviation": (0.0, 2 / 12)}
+    assert (effort.computed_share, effort.whole_share) == wanted.get(selector, (0.0, 0.0))
+    assert effort.ratio == {"everything": 1.0, "none": 0.0}.get(selector, 0.2)
+    assert effort.span == 16
+    at_most = effort_of(Recipe(selector, 0.2, 16), None)
+    assert at_most.computed_share >= effort.computed_share
+    assert at_most.whole_share >= effort.whole_share
+
+
+class Clock:
+    """A device whose time is what the paces say, so that a rehearsal can be checked to the digit."""
+
+    fixed, token, pair, row, blend, placed = 0.003, 1e-4, 1e-9, 2e-5, 0.004, 1e-6
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("kvblend_rag.vllm_plugin.rehearsal.time.perf_counter", lambda: self.now)
+        self.pace = ForwardPace(self.fixed, self.token, self.pair, self.row)
+
+
+class Forward:
+    max_tokens, max_rows = 2048, 64
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.seen = []
+
+    def run(self, rows):
+        ranges = [(row.start, row.stop) for row in rows]
+        self.seen += rows
+        self.clock.now += self.clock.pace.seconds(Work.of(ranges))
+
+
+LAYERS = [SimpleNamespace(sees_all=number % 2 == 0, number=number) for number in range(12)]
+"""Every other one sees a window only."""
+
+
+class Paged:
+    """As much of a paged cache as a rehearsal looks at."""
+
+    block_size, dtype, device, layers = 16, torch.float32, torch.device("cpu"), LAYERS
+
+    @staticmethod
+    def chunk_shape(tokens):
+        return 12, 2, tokens, 2, 8
+
+
+@pytest.mark.parametrize(("blocks", "longest"), [(500, 4096), (40, 4096), (500, 300)])
+def test_a_rehearsal_finds_the_pace(monkeypatch, blocks, longest):
+    clock, paged = Clock(monkeypatch), Paged()
+    forward, shelf, jobs = Forward(clock), Shelf(paged), []
+
+    def blend(job):
+        jobs.append(job)
+        found = shelf.get_many(run.key for run in job.plan.runs)
+        assert [found[run.key][0].shape[2] >= run.length for run in job.plan.runs] == [True] * len(job.plan.runs)
+        computed = [(start, min(stop, job.plan.prompt_tokens - 1)) for start, stop in job.plan.computed_ranges()]
+        clock.now += clock.blend + clock.placed * job.plan.reused_tokens
+        clock.now += clock.pace.seconds(Work.of(computed) + effort_of(job.recipe, None).recomputed(job.plan))
+        return Outcome()
+
+    small = Rehearsal(paged, forward, blend, shelf, blocks=5, max_model_len=longest, vocabulary=100)
+    assert small.run(Recipe("first", 0.15, 16)) is None
+    rehearsal = Rehearsal(paged, forward, blend, shelf, blocks=blocks, max_model_len=longest, vocabulary=100)
+    pace = rehearsal.run(Recipe("first", 0.15, 16))
+    room = min(longest - 1, (blocks - 1) * 16)
+    assert all(0 <= row.start < row.stop <= room for row in forward.seen)
+    assert all(row.block_ids.max() < blocks and row.block_ids.min() > 0 for row in forward.seen)
+    assert all(job.plan.prompt_tokens <= room for job in jobs)
+    for work in (Work.of([(0, 64)]), Work.of([(0, 900)]), Work.of([(1000, 1200)]), Work(128, 60_000, 8)):
+        assert pace.forward.seconds(work) == pytest.approx(clock.pace.seconds(work), rel=0.05)
+    assert pace.blend == pytest.approx(clock.blend, rel=0.1)
+    assert pace.placed == pytest.approx(clock.placed, rel=0.3)
+    assert pace.token_bytes == 12 * 2 * 2 * 8 * 4
+    assert (pace.question_share, pace.deviation_share) == (7 / 12, 2 / 12)
