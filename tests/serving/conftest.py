@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,8 @@ class Server:
     key: str = API_KEY
     model: str = MODEL
     seen_times: int = SEEN_TIMES
+    spans: list[Any] = field(default_factory=list)
+    """OpenTelemetry's, as they came."""
 
     @cached_property
     def routes(self) -> Any:
@@ -111,6 +116,33 @@ def running(command: list[str], folder: Path, **environment: str) -> Iterator[Se
             raise
 
 
+@contextlib.contextmanager
+def collecting() -> Iterator[tuple[str, list[Any]]]:
+    """A collector of spans on a free port, until the block ends: its address, and what has come."""
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    spans: list[Any] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            body = gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                spans.extend(span for scope in resource.scope_spans for span in scope.spans)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    collector = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{collector.server_port}/v1/traces", spans
+    finally:
+        collector.shutdown()
+
+
 @pytest.fixture(scope="session")
 def running_server() -> Any:
     """``running_server(command, folder)``: a server of one's own."""
@@ -119,7 +151,7 @@ def running_server() -> Any:
 
 @pytest.fixture(scope="session")
 def server(rigs: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`kvblend serve` with an API key, tool calls, and learning from prompts."""
+    """`kvblend serve` with an API key, tool calls, traces, and learning from prompts."""
     pytest.importorskip("vllm")
     rigs.close()
     folder = tmp_path_factory.mktemp("served")
@@ -129,5 +161,9 @@ def server(rigs: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1536", "--max-num-batched-tokens", "512"]
     command += ["--kv-cache-memory-bytes", str(1 << 28)]
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    with running(command, folder) as made:
-        yield made
+    with collecting() as (collector, spans):
+        command += ["--otlp-traces-endpoint", collector]
+        environment = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"}
+        with running(command, folder, **environment) as made:
+            made.spans = spans
+            yield made

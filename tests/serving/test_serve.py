@@ -179,5 +179,21 @@ class TestFully:
         assert held["kvblend:learned"]
         assert stored.routes.post("/documents/delete", json={"ids": ["kvblend:learned"]}).json()["chunks"] >= 1
 
+    def test_a_request_has_a_span_in_its_callers_trace(self, stored):
+        trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+        headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+        report = of(asked(stored, prompt("Traced.", "d0", "d3"), extra_headers=headers))
+        end = time.monotonic() + 30
+        while not (own := [span for span in stored.spans if span.trace_id.hex() == trace and span.name == "kvblend"]):
+            assert time.monotonic() < end, [span.name for span in stored.spans]
+            time.sleep(0.2)
+        (span,) = own
+        told = {each.key: each.value for each in span.attributes}
+        assert told["kvblend.blended"].bool_value
+        assert told["kvblend.tokens.reused"].int_value == report["reused_tokens"]
+        assert told["gen_ai.request.id"].string_value == report["request_id"]
+        theirs = [each.name for each in stored.spans if each.trace_id.hex() == trace and each.name != "kvblend"]
+        assert theirs  # vLLM's own, in the same trace
+
     def test_the_log_has_no_traceback(self, stored):
         assert "Traceback" not in stored.log.read_text()
