@@ -160,3 +160,28 @@ def test_the_readme_s_code(monkeypatch, tmp_path, words):
     assert names["kv"].engine.ingested == 2
     assert names["llm"].invoke("hi").content == "Fine."
     names["kv"].close()
+
+
+@pytest.mark.parametrize("kind", [ChatKVBlend, KVBlendLLM])
+def test_a_server_in_place_of_an_engine(kind, monkeypatch):
+    from kvblend_rag.testing import FakeEngine
+
+    asked = []
+
+    def connect(config, api_key):
+        asked.append((config.base_url, config.model, api_key))
+        return FakeEngine("From afar.")
+
+    monkeypatch.setattr("kvblend_rag.kvblend._connect", connect)
+    model = kind(model="served", base_url="http://host:8000/v1", api_key="secret-key")
+    assert not asked
+    answer = model.invoke("hi")
+    assert getattr(answer, "content", answer) == "From afar."
+    assert asked == [("http://host:8000/v1", "served", "secret-key")]
+    shown = f"{model!r} {model} {model._identifying_params} {model.handle.config}"
+    assert "http://host:8000/v1" in shown
+    assert "secret-key" not in shown
+    other = kind(model="served", base_url="http://host:8000/v1", api_key="other-key")
+    assert other.handle is not model.handle
+    model.close()
+    other.close()
