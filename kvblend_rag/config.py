@@ -170,12 +170,19 @@ class BlendConfig:
         """The settings of one request.
 
         Args:
-            options: ``blend`` (false: an ordinary prefill), ``selector``, ``ratio``, ``span``, ``coverage``,
-                ``full_prefill_share``, ``max_risk``, ``on_risk``, ``planner``, ``tenant``.
+            options: ``blend`` (false: an ordinary prefill), ``exact`` (true: everything is recomputed, as with
+                ``selector: everything``), ``selector``, ``ratio``, ``span``, ``coverage``, ``full_prefill_share``,
+                ``max_risk``, ``on_risk``, ``planner``, ``tenant``.
 
         Raises:
             ConfigError: an unknown option, or a value that can't be used.
         """
+        options = dict(options)
+        exact = options.pop("exact", False)
+        if not isinstance(exact, bool):
+            raise ConfigError(f"The blending option exact is {exact!r}, and must be true or false.")
+        if exact:
+            options["selector"] = "everything"
         unknown = [name for name in options if name not in _REQUEST_OPTIONS]
         if unknown:
             near = difflib.get_close_matches(unknown[0], _REQUEST_OPTIONS, n=1)

@@ -5,6 +5,7 @@ vLLM loads it where ``VLLM_PLUGINS`` names ``kvblend``; ``kvblend serve`` sees t
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from typing import Any
 
@@ -15,6 +16,8 @@ from kvblend_rag.errors import KVBlendError
 from kvblend_rag.kvblend import KVBlend
 from kvblend_rag.serving.routes import router
 from kvblend_rag.serving.service import Service
+
+logger = logging.getLogger(__name__)
 
 NAME = "kvblend"
 
@@ -43,6 +46,10 @@ async def _service(engine_client: Any, args: Namespace) -> Service:
     engine = await VLLMEngine.inside(engine_client)
     transfer = engine_client.vllm_config.kv_transfer_config
     config = BlendConfig.load(**transfer.kv_connector_extra_config)
+    if config.max_risk < 1:
+        logger.warning(
+            "kvblend: max_risk is %g, and no risk is judged: OpenAI's routes hold nothing back.", config.max_risk
+        )
     names = getattr(args, "served_model_name", None) or [engine.info.model]
     kv = KVBlend(config.replace(model=engine.info.model), engine)
     service = Service(kv, names if isinstance(names, str) else names[0])

@@ -116,7 +116,9 @@ class VLLMEngine(Engine):
             ConfigError: it runs without the connector.
         """
         described = await _describe(llm)
-        return cls(llm, LoopThread(asyncio.get_running_loop()), owned=False, described=described)
+        engine = cls(llm, LoopThread(asyncio.get_running_loop()), owned=False, described=described)
+        engine._closed = True  # the server closes it; by then its loop has ended
+        return engine
 
     @property
     def tokenizer(self) -> Any:

@@ -57,6 +57,10 @@ def serve(arguments: Sequence[str], config: BlendConfig) -> int:
 
 def serve_arguments(arguments: Sequence[str], config: BlendConfig) -> list[str]:
     """The arguments of ``vllm serve``, ours and this machine's defaults added."""
+    if config.max_risk < 1:
+        raise ConfigError(
+            f"max_risk is {config.max_risk:g}: OpenAI's routes can't hold an answer back, so leave it at 1."
+        )
     names = {argument.split("=")[0].lstrip("-").replace("_", "-") for argument in arguments if argument[:2] == "--"}
     for name in _OURS:
         if any(each == name or each.startswith(f"{name}.") for each in names):

@@ -130,7 +130,7 @@ def test_a_forced_tool_call(stored):
     schema = {**TOOL["function"]["parameters"], "properties": {"a": {"type": "integer", "enum": [7]}}}
     tool = {"type": "function", "function": {**TOOL["function"], "parameters": schema}}
     called = chat.complete_sync(conversation("Call."), tools=[tool], tool_choice="add", sampling=settings)
-    assert [(call.name, call.arguments.replace(" ", "")) for call in called.tool_calls] == [("add", '{"a":7}')]
+    assert [(call.name, call.arguments.replace(" ", "")) for call in called.tool_calls] == [("add", '{"a":7}')], called
     deltas = list(chat.stream_sync(conversation("Call."), tools=[tool], tool_choice="add", sampling=settings))
     parts = [call for delta in deltas for call in delta.tool_calls]
     assert parts[0].name == "add"

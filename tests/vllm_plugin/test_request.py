@@ -115,3 +115,12 @@ def test_a_cache_salt_is_a_tenant(config, tenant, salt, owner):
 def test_a_cache_salt_beside_another_tenant_is_refused(config):
     with pytest.raises(ConfigError, match="cache_salt"):
         read_wish(request(cache_salt="b"), config)
+
+
+def test_exact_is_everything_recomputed():
+    config = BlendConfig()
+    assert config.for_request({"exact": True}).selector == "everything"
+    assert config.for_request({"exact": True, "selector": "none"}).selector == "everything"
+    assert config.for_request({"exact": False, "selector": "none"}).selector == "none"
+    with pytest.raises(ConfigError, match="must be true or false"):
+        config.for_request({"exact": 1})

@@ -54,6 +54,11 @@ def test_what_is_ours_to_set_is_refused(option):
         serve_arguments(["m", option], BlendConfig())
 
 
+def test_a_risk_that_nobody_would_judge_is_refused():
+    with pytest.raises(ConfigError, match=r"max_risk is 0\.5"):
+        serve_arguments(["m"], BlendConfig(max_risk=0.5))
+
+
 def test_a_model_that_is_not_there():
     with pytest.raises(ModelNotFound, match="There is no model at"):
         serve_arguments(["./nowhere"], BlendConfig())
