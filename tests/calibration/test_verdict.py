@@ -3,9 +3,10 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from kvblend_rag.blend.chunk import namespace
+from kvblend_rag.blend.chunk import chunk_key, model_of, namespace, of_ranks
 from kvblend_rag.calibration.verdict import (
     Verdict,
     best_of,
@@ -53,6 +54,17 @@ def test_a_later_one_takes_its_place(config):
 def test_it_holds_for_its_model_and_context_alone(config, fingerprint, context):
     write_verdict(ACCEPTED, config.store_path)
     assert find_verdict(config, fingerprint, context) is None
+
+
+@pytest.mark.parametrize(("made", "used"), [(1, 2), (2, 1), (2, 4)])
+def test_it_holds_for_any_number_of_ranks_and_chunks_do_not(config, made, used):
+    there, here = of_ranks("abc", made), of_ranks("abc", used)
+    verdict = dataclasses.replace(ACCEPTED, fingerprint=there, context_digest=namespace(model_of(there), CONTEXT))
+    write_verdict(verdict, config.store_path)
+    assert find_verdict(config, here, CONTEXT) == verdict
+    assert preferred_context(config, here) == "document"
+    tokens = np.arange(20, dtype=np.int32)
+    assert chunk_key(namespace(there, CONTEXT), tokens) != chunk_key(namespace(here, CONTEXT), tokens)
 
 
 def test_it_need_not_be_heeded(config):
