@@ -74,13 +74,17 @@ class DataSet:
         """The rows as a ``ray.data.Dataset`` of an ``Entry``'s fields, its ``id_hash`` and its ``digest``.
 
         Raises:
-            ConfigError: a table lacks a column.
+            ConfigError: a table lacks a column, or is none.
         """
         import ray.data
 
         if self.format == "parquet":
-            table = ray.data.read_parquet(list(self.paths), include_paths=True)
-            present = list(table.schema().names)
+            try:
+                table = ray.data.read_parquet(list(self.paths), include_paths=True)
+                present = list(table.schema().names)
+            except (OSError, ValueError) as error:  # Arrow's own errors are among them
+                reason = str(error).splitlines()[0]
+                raise ConfigError(f"{self.paths[0]} can't be read as parquet: {reason}") from error
             names = self.columns
             check_columns(present, names, self.paths[0])
             wanted = {names.id, names.text, names.operation, "path"} & set(present)

@@ -101,6 +101,7 @@ def ingest(
         catalogue = stack.enter_context(contextlib.closing(open_catalogue(config)))
         store = stack.enter_context(contextlib.closing(open_store(config)))
         ray = stack.enter_context(_cluster(fleet, config))
+        stack.enter_context(_explained(ray))
         agenda = Agenda.of(*_outline(ray, data_set), ledger.done())
         books = _Books(catalogue, store, ledger, letters, config.tenant)
         began = time.perf_counter()
@@ -121,13 +122,10 @@ def ingest(
             )
             .iter_batches(batch_size=None, batch_format="pyarrow")
         )
-        with _explained(ray):
-            for batch in batches:
-                at = replace(
-                    books.settle([outcome_from(row) for row in batch.to_pylist()], at),
-                    seconds=time.perf_counter() - began,
-                )
-                yield at
+        for batch in batches:
+            settled = books.settle([outcome_from(row) for row in batch.to_pylist()], at)
+            at = replace(settled, seconds=time.perf_counter() - began)
+            yield at
         if config.remote:
             learn_from_remote(config)
         ledger.complete()

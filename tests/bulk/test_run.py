@@ -134,6 +134,9 @@ def test_parquet_with_names_of_its_own(run, held, tmp_path):
     assert len(held()) == 10
     with pytest.raises(ConfigError, match="has no column 'id'"):
         run(folder)
+    (folder / "0.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises((ConfigError, StoreError), match=r"can't be read as parquet|Ray could not go on"):
+        run(folder, names=Columns(id="key", text="body"))
 
 
 def test_a_folder_of_texts_has_the_ids_that_ingest_gives_without_ray(run, held, tmp_path):
