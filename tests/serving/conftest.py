@@ -156,17 +156,9 @@ def server(rigs: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
     rigs.close()
     folder = tmp_path_factory.mktemp("served")
     command = [sys.executable, "-m", "kvblend_rag.cli", "serve", str(rigs.model("llama"))]
-    command += [
-        "--store",
-        str(folder / "store"),
-        "--set",
-        "selector=first",
-        "--set",
-        "learn_seen=true",
-        "--set",
-        "planner=false",
-    ]
-    command += ["--set", f"seen_times={SEEN_TIMES}", "--served-model-name", MODEL, "--api-key", API_KEY]
+    settings = {"selector": "first", "planner": "false", "learn_seen": "true", "seen_times": SEEN_TIMES}
+    command += ["--store", str(folder / "store"), *(f"--set={name}={value}" for name, value in settings.items())]
+    command += ["--served-model-name", MODEL, "--api-key", API_KEY]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1536", "--max-num-batched-tokens", "512"]
     command += ["--kv-cache-memory-bytes", str(1 << 28)]
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
 
@@ -362,3 +364,43 @@ def test_a_salted_request_sees_the_chunks_of_its_salt_alone(side, make):
     assert jobs == {"b": [salted], "p": [KEY]}
     assert (claims["e"], claims["x"]) == (0, 0)
     catalogue.close()
+
+
+_NAMES = st.sampled_from(
+    [
+        "blend",
+        "exact",
+        "selector",
+        "ratio",
+        "span",
+        "coverage",
+        "full_prefill_share",
+        "max_risk",
+        "on_risk",
+        "planner",
+        "tenant",
+        "ingest",
+        "key",
+        "namespace",
+        "start",
+        "nonsense",
+    ]
+)
+_SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(max_size=20), st.just("\ud800")
+)
+_ANYTHING = st.recursive(
+    _SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(_NAMES, inner, max_size=3))
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    parameters=st.one_of(st.dictionaries(_NAMES, _ANYTHING, max_size=4), _ANYTHING), salt=st.sampled_from([None, "s"])
+)
+def test_no_options_of_a_request_can_stop_the_scheduler(side, make, parameters, salt):
+    request = make(parameters=parameters, salt=salt)
+    side.arrived(request)
+    assert side.claim(request, 0) in (None, 0, len(PROMPT) - 1)
+    report = side.finished(request)["kvblend"]
+    assert report["reason"] is None or "\n" not in report["reason"]
