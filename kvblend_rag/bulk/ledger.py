@@ -18,11 +18,17 @@ from kvblend_rag.errors import ConfigError
 from kvblend_rag.store.layout import store_error
 
 _SIZE = 8
-# What changes neither a chunk's key nor who holds it.
-_IRRELEVANT = {
-    "engine_args", "enable_blending", "local_device", "max_memory_gb", "max_disk_gb", "eviction", "selector",
-    "recompute_ratio", "coverage", "full_prefill_share", "max_risk", "on_risk", "heed_verdict", "span_size", "min_run",
-}  # fmt: skip
+# What a chunk's key hangs on, and where it goes.
+_RELEVANT = (
+    "model",
+    "engine_args",
+    "chunk_size",
+    "ingest_context",
+    "system_prompt",
+    "tenant",
+    "heed_verdict",
+    "remote",
+)
 
 
 class Ledger:
@@ -37,7 +43,7 @@ class Ledger:
     """
 
     def __init__(self, config: BlendConfig, data_set: str) -> None:
-        relevant = {name: value for name, value in config.to_dict().items() if name not in _IRRELEVANT}
+        relevant = {name: getattr(config, name) for name in _RELEVANT}
         name = hashlib.blake2b(json.dumps([relevant, data_set], default=str).encode(), digest_size=8).hexdigest()
         self._path = Path(config.store_path) / "ingest" / f"{name}.done"
         self._file: IO[bytes] | None = None
