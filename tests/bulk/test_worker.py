@@ -1,14 +1,22 @@
 """One engine's part, on a FakeEngine: what fails is told apart by whose fault it is."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
+import torch
 
 import kvblend_rag.bulk.worker as worker_module
 from kvblend_rag.bulk.feed import DELETE, Entry
 from kvblend_rag.bulk.worker import BulkWorker, Outcome, outcome_from, store_identity, table_of
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import ConfigError, EngineUnavailable, StoreError, StoreFull
+from kvblend_rag.store import StoredChunk, open_remote
 from kvblend_rag.testing import fake_kvblend
 
+_spec = importlib.util.spec_from_file_location("servers", Path(__file__).parents[1] / "store" / "servers.py")
+servers = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(servers)
 TEXT = "The ferry leaves the northern pier at six in the morning and comes back in the evening of the same day. "
 
 
@@ -65,6 +73,24 @@ def test_another_hosts_store_keeps_no_documents(config, make, handles):
     assert outcome.keys
     assert handles[0].catalogue.documents() == []
     assert handles[0].catalogue.held(outcome.keys) == set(outcome.keys)
+
+
+def test_what_another_host_has_computed_is_not_computed_again(config, make, handles, tmp_path):
+    """It learns that from the tier they share, before its engine starts."""
+    port = servers.free_port()
+    with servers.valkey_server(tmp_path / "valkey", port):
+        shared = config.replace(remote=(f"redis://127.0.0.1:{port}",))
+        with make(config.replace(store_path=str(tmp_path / "elsewhere"))) as other:
+            ((key, tokens),) = other.cut(TEXT + "a")
+            space = other._ready_ingester().namespace
+        (tier,) = open_remote(shared)
+        tier.put(StoredChunk(key, space, tokens, torch.zeros(1, 2, len(tokens), 1, 4)))
+        worker = BulkWorker(shared, make, ("elsewhere", 0, 0))
+        outcomes = worker.outcomes([entry("a"), entry("b")])
+        tier.close()
+    assert outcomes[0].keys == (key,)
+    assert sum(each.computed for each in outcomes) == 1
+    assert handles[-1].engine.ingested == 1
 
 
 def test_a_document_that_kills_the_engine_is_a_dead_letter_and_the_others_are_stored(config, make, handles):
