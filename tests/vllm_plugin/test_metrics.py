@@ -93,7 +93,7 @@ def test_metrics_of_two_engines():
         {0: ["m", "0"], 1: ["m", "1"]},
     )
     for engine, report in ((0, BLENDED), (0, BLENDED), (1, ORDINARY)):
-        crossed = msgspec.msgpack.decode(msgspec.msgpack.encode(counted(report).to_dict()))
+        crossed = msgspec.msgpack.decode(msgspec.msgpack.encode(counted(report).data))
         crossed["gate"] = {"verdict" if engine else "open": 1}
         assert not KVBlendConnector.build_kv_connector_stats(crossed).is_empty()
         metrics.observe(crossed, engine)
