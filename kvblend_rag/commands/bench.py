@@ -123,7 +123,7 @@ def gpu(
 
 def planner(
     *,
-    shape: str = "smollm2-135m",
+    shape: str = "small",
     chunk_tokens: int = 200,
     repeats: int = 9,
     remote: str | None = None,

@@ -17,6 +17,9 @@ _LLAMA3_ROPE = {
 TINY = "tiny"
 """A model made up here, which computes a prompt sooner than anything could load it."""
 
+SMALL = "small"
+"""Another, of which a few CPU cores compute some thousand tokens a second."""
+
 SHAPES = {
     "llama-3.1-8b": {
         "architectures": ["LlamaForCausalLM"],
@@ -68,6 +71,18 @@ SHAPES = {
         "max_position_embeddings": 16384,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
+    SMALL: {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 4096,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 16384,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "smollm2-135m": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -82,7 +97,7 @@ SHAPES = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
     },
 }
-"""Configurations as their makers published them, but for the tiny one; bfloat16."""
+"""Configurations as their makers published them, but for the tiny and the small one; bfloat16."""
 
 
 def write_shape(name: str, folder: Path) -> Path:
