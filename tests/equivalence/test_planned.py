@@ -18,8 +18,8 @@ def test_a_tiny_model_is_prefilled_plainly_and_says_why(rig):
     prompt = rig.prompt(40, 60, total=130)
     (answer,) = rig.fresh([prompt], selector="question")
     assert not answer.report.blended
-    assert "against" in answer.report.reason
-    assert answer.report.reason.startswith("loading the prompt's chunks would")
+    assert "ms" in answer.report.reason
+    assert answer.report.reason.startswith(("no chunk could make it faster", "loading the prompt's chunks would"))
     assert answer.difference(rig.plain(prompt)) < TOLERANCE
     assert answer.report.computed_tokens == len(prompt)
 
