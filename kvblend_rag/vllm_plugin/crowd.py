@@ -15,35 +15,55 @@ from vllm.v1.request import Request, RequestStatus
 class Crowd:
     """What the step that is being scheduled has taken on.
 
+    Every request that waits is asked about in every step, so all but the first question of a step cost next to nothing.
+
     Args:
         limit: tokens that vLLM computes in a step, at most.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._blended = 0
+        self.next_step()
+
+    def next_step(self) -> None:
+        """What follows belongs to another step."""
+        self._looked = False
+        self._answers = False
+        self._prefilling = self._blended = 0
         self._somebody_waits = False
 
-    def answers(self, request: Request, others: Iterable[Request]) -> bool:
-        """Whether another request's answer is running."""
-        return any(
-            other is not request
-            and other.status == RequestStatus.RUNNING
-            and other.num_computed_tokens >= other.num_prompt_tokens
-            for other in others
-        )
+    def look(self, live: Iterable[Request]) -> None:
+        """See who is running, once a step, before anybody is admitted to it."""
+        if self._looked:
+            return
+        self._looked = True
+        for request in live:
+            if request.status == RequestStatus.RUNNING:
+                left = request.num_prompt_tokens - request.num_computed_tokens
+                self._answers = self._answers or left <= 0
+                self._prefilling += max(left, 0)
 
-    def holds_up(self, request: Request, tokens: int, others: Iterable[Request]) -> bool:
-        """Whether a blend of so many tokens must wait for another step."""
-        others = list(others)
-        taken = self._blended + min(_prefilling(request, others), self.limit)
-        return self._wait(request, others, bool(taken) and taken + tokens > self.limit)
+    @property
+    def answers(self) -> bool:
+        """Whether an answer is running."""
+        return self._answers
 
-    def holds_up_plain(self, request: Request, cached: int, others: Iterable[Request]) -> bool:
-        """Whether a request that is not blended must wait for another step: behind a blend, or one that waits."""
-        others = list(others)
-        tokens = request.num_prompt_tokens - cached
-        return self._wait(request, others, bool(self._blended) and self._blended + tokens > self.limit)
+    @property
+    def closed(self) -> bool:
+        """Whether somebody waits for the next step already: who came later does not overtake, or a stream of prefills
+        would keep a blend waiting for ever."""
+        return self._somebody_waits
+
+    def takes_blend(self, tokens: int) -> bool:
+        """Whether a blend of so many tokens may be part of this step; else it waits."""
+        taken = self._blended + min(self._prefilling, self.limit)
+        return self._take(not taken or taken + tokens <= self.limit)
+
+    def takes_plain(self, tokens: int) -> bool:
+        """Whether a prefill of so many tokens may begin in this step: not behind a blend that leaves no room."""
+        taken = self._take(not self._blended or self._blended + tokens <= self.limit)
+        self._prefilling += tokens if taken else 0
+        return taken
 
     def too_large(self, tokens: int) -> str | None:
         """Why a blend of so many tokens would hold up running answers by itself, if it would."""
@@ -58,24 +78,9 @@ class Crowd:
         """A blend of so many tokens is part of this step."""
         self._blended += tokens
 
-    def next_step(self) -> None:
-        """What follows belongs to another step."""
-        self._blended, self._somebody_waits = 0, False
-
-    def _wait(self, request: Request, others: list[Request], full: bool) -> bool:
-        # Who came later does not overtake: a stream of prefills would keep a blend waiting for ever.
-        waits = (full or self._somebody_waits) and self.answers(request, others)
-        self._somebody_waits = self._somebody_waits or waits
-        return waits
-
-
-def _prefilling(request: Request, others: Iterable[Request]) -> int:
-    """Prompt tokens of running requests that are not computed yet."""
-    return sum(
-        max(other.num_prompt_tokens - other.num_computed_tokens, 0)
-        for other in others
-        if other is not request and other.status == RequestStatus.RUNNING
-    )
+    def _take(self, fits: bool) -> bool:
+        self._somebody_waits = self._answers and not fits
+        return not self._somebody_waits
 
 
 __all__ = ["Crowd"]

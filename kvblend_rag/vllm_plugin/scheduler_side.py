@@ -182,18 +182,20 @@ class SchedulerSide:
         """How many tokens behind the prefix-cache hit are provided; None to be asked again next step."""
         if request.num_preemptions == 0:
             self._note(request.request_id, cached_tokens=cached)
-        others = self._live.values()
+        self._crowd.look(self._live.values())
+        if self._crowd.closed:
+            return None
         blend = self._blends.get(request.request_id)
         if blend is not None and blend.undecided:
             self._weigh(request, blend, cached)
             blend = self._blends.get(request.request_id)
         plan = None if blend is None else blend.plan.clip(cached, self._config.min_run)
         if blend is None or plan is None or not plan.runs:
-            return None if self._crowd.holds_up_plain(request, cached, others) else 0
-        if blend.undecided or self._crowd.holds_up(request, self._tokens(plan, blend.recipe), others):
+            return 0 if self._crowd.takes_plain(request.num_tokens - cached) else None
+        if blend.undecided or not self._crowd.takes_blend(self._tokens(plan, blend.recipe)):
             return None
         block_size = self._hash_block_size(request)
-        if still_computing(request, cached // block_size, block_size, others):
+        if still_computing(request, cached // block_size, block_size, self._live.values()):
             return None
         if not blend.isolated:
             first = plan.first_reused
@@ -355,7 +357,7 @@ class SchedulerSide:
             return
         choice = self._planner.choose(found, blend.recipe)
         reason = choice.reason
-        if choice.worth_it and self._crowd.answers(request, self._live.values()):
+        if choice.worth_it and self._crowd.answers:
             reason = self._crowd.too_large(self._tokens(choice.plan, blend.recipe))
             step = self._planner.pace.forward.seconds(Work(self._crowd.limit))
             if reason is None and choice.loading > step:

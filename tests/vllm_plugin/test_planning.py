@@ -244,6 +244,21 @@ def test_what_the_prefix_cache_holds_is_cheaper_still(start, make):
 # Fairness
 
 
+def test_who_waits_costs_the_scheduler_next_to_nothing(start, make):
+    """Every waiting request is asked about in every step: behind the first that waits nobody is looked at."""
+    side = start()
+    answering(side, make)
+    assert ask(side, make(prompt(0, 1), "blend"))
+    plain = make(RNG.integers(100, 10_000, 500), "plain", blend=False)
+    assert ask(side, plain) is None
+    others = [make(prompt(0, 1, 2), f"r{number}") for number in range(3)]
+    for request in others:
+        side.arrived(request)
+    side._planner = None  # is not asked
+    side._blends["r0"].plan = None
+    assert [side.claim(request, 0) for request in others] == [None] * 3
+
+
 def test_blends_of_one_step_stay_below_what_a_step_computes_while_answers_run(start, make):
     side = start()
     orders = ((0, 1, 2, 3), (1, 2, 3, 0), (2, 3, 0, 1), (3, 0, 1, 2))
@@ -309,6 +324,7 @@ def test_a_blend_that_is_more_than_a_step_is_prefilled_in_steps_while_answers_ru
     assert ask(side, request) == 0
     assert "hold up running answers" in reason(side, request)
     running.status = RequestStatus.FINISHED_STOPPED
+    step(side)
     assert ask(side, make(huge, "alone"))
 
 
