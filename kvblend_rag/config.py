@@ -183,6 +183,7 @@ class BlendConfig:
             raise ConfigError(f"The blending option exact is {exact!r}, and must be true or false.")
         if exact:
             options["selector"] = "everything"
+            options["planner"] = False  # it would find that an ordinary prefill is cheaper
         unknown = [name for name in options if name not in _REQUEST_OPTIONS]
         if unknown:
             near = difflib.get_close_matches(unknown[0], _REQUEST_OPTIONS, n=1)

@@ -120,6 +120,8 @@ def test_a_cache_salt_beside_another_tenant_is_refused(config):
 def test_exact_is_everything_recomputed():
     config = BlendConfig()
     assert config.for_request({"exact": True}).selector == "everything"
+    assert config.planner
+    assert not config.for_request({"exact": True}).planner
     assert config.for_request({"exact": True, "selector": "none"}).selector == "everything"
     assert config.for_request({"exact": False, "selector": "none"}).selector == "none"
     with pytest.raises(ConfigError, match="must be true or false"):
