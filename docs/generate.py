@@ -517,8 +517,71 @@ def _by_group(groups: dict[str, Any]) -> str:
     return table(["", "questions", *arms], rows)
 
 
-BLOCKS = {"configuration": configuration, "results": headline, "quality": quality}
-PAGES = (ROOT / "README.md", DOCS / "quality.md")
+# What a reader looks for; the tests' names stand for the others.
+FAMILIES = {
+    "llama": "Llama 3.x (llama3 scaling)",
+    "llama2": "Llama 2 (every head its own keys)",
+    "llama-linear": "Llama, linear scaling",
+    "llama-dynamic": "Llama, dynamic NTK",
+    "mistral": "Mistral",
+    "mistral-sliding": "Mistral 7B v0.1 (a window in every layer)",
+    "qwen2": "Qwen 2, 2.5",
+    "qwen2-yarn": "Qwen 2.5, YaRN",
+    "qwen3": "Qwen 3",
+    "qwen3-moe": "Qwen 3 MoE",
+    "phi3": "Phi-3, Phi-4-mini (LongRoPE, partial)",
+    "glm4": "GLM-4-0414 (half of the dimensions, neighbours in pairs)",
+    "glm": "GLM-4, through Transformers' code",
+    "gemma2": "Gemma 2 (a window in half of the layers)",
+    "gemma3": "Gemma 3, text (windows, two RoPE tables)",
+    "cohere2": "Command R7B, Command A (windows, layers without RoPE)",
+    "exaone4": "EXAONE 4 (windows, layers without RoPE)",
+    "smollm3": "SmolLM3 (layers without RoPE), through Transformers' code",
+    "granite": "Granite 3",
+    "olmo2": "OLMo 2, through Transformers' code",
+    "olmo2-dynamic": "OLMo 2 with dynamic NTK, through Transformers' code",
+    "olmo3": "OLMo 3 (windows, YaRN in the others), through Transformers' code",
+    "stablelm": "StableLM 2 (a quarter of the dimensions)",
+    "mixtral": "Mixtral",
+    "gpt-oss": "gpt-oss (sinks, windows, experts)",
+    "llama4": "Llama 4 (chunked attention, layers without RoPE, experts)",
+    "deepseek-v2": "DeepSeek V2, V3, Kimi K2 (MLA, experts)",
+    "paddleocr-vl": "PaddleOCR-VL, text alone (M-RoPE)",
+    "gpt2": "GPT-2 (learned positions)",
+    "mamba": "Mamba",
+    "lfm2": "LFM2 (short convolutions)",
+}
+
+
+def _supported(part: str, name: str) -> str:
+    """The rows of one part of docs/results/models.json: what was checked, and what came of it."""
+    results = json.loads((RESULTS / "models.json").read_text(encoding="utf-8"))[part]
+    rows = []
+    for key, result in sorted(results.items(), key=lambda each: (bool(each[1]["refusal"]), each[0])):
+        checks = result["checks"]
+        if result["refusal"]:
+            verdict, worst = f"ordinary prefill: {result['refusal']}", ""
+        else:
+            passed = sum(check["passed"] for check in checks)
+            verdict = f"blended, {passed} of {len(checks)} checks passed"
+            worst = f"{max(c['difference'] for c in checks if c['what'] == 'everything recomputed'):.0e}"
+        label = FAMILIES.get(key, key) if part == "families" else key
+        rows.append([label, f"`{result['architecture']}`", verdict, worst, result["engine"], result["date"]])
+    return table([name, "class", "", "largest difference", "engine", "date"], rows)
+
+
+def families() -> str:
+    """Which families are blended."""
+    return _supported("families", "family")
+
+
+def combinations() -> str:
+    """Which options of the engine blending is combined with."""
+    return _supported("combinations", "option")
+
+
+BLOCKS = {"families": families, "combinations": combinations, "configuration": configuration, "results": headline, "quality": quality}
+PAGES = (ROOT / "README.md", DOCS / "quality.md", DOCS / "models.md")
 """Where marked blocks stand."""
 
 

@@ -140,6 +140,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "rope_parameters": {**_YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+            "tie_word_embeddings": False,
         },
     ),
     # Attention within chunks of 256 tokens in three layers, no position in the fourth.
@@ -173,6 +174,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 1,
             "n_group": 1,
             "topk_group": 1,
+            "tie_word_embeddings": False,
         },
     ),
     # Text alone, of a model that sees: three rows of positions (M-RoPE), which are the same here.

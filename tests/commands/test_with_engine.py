@@ -147,7 +147,7 @@ def test_verify_finds_everything_equal(kvblend, shared_engine, folder, tmp_path_
     result = json.loads(file.read_text())
     checks = {each["what"]: each for each in result["checks"]}
     assert checks.pop("with a damaged chunk in the store")["passed"] is False
-    assert len(result["checks"]) == 5
+    assert len(result["checks"]) == 10
     for check in checks.values():
         assert check["passed"], check
         assert check["difference"] <= 1e-4
