@@ -580,7 +580,13 @@ def combinations() -> str:
     return _supported("combinations", "option")
 
 
-BLOCKS = {"families": families, "combinations": combinations, "configuration": configuration, "results": headline, "quality": quality}
+BLOCKS = {
+    "families": families,
+    "combinations": combinations,
+    "configuration": configuration,
+    "results": headline,
+    "quality": quality,
+}
 PAGES = (ROOT / "README.md", DOCS / "quality.md", DOCS / "models.md")
 """Where marked blocks stand."""
 

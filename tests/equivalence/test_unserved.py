@@ -6,6 +6,7 @@ from kvblend_rag.errors import ConfigError
 
 REFUSED = [
     pytest.param("mistral-sliding", "all its layers see 256 tokens only", id="mistral-sliding"),
+    pytest.param("embedding", "not a generating model", id="embedding", marks=pytest.mark.full),
     pytest.param("mamba", "state-space layers", id="mamba", marks=pytest.mark.full),
     pytest.param("lfm2", "state-space layers", id="lfm2", marks=pytest.mark.full),
     # Positions are learned, and in keys and values alike: only the start-up check can know.
@@ -16,12 +17,12 @@ REFUSED = [
 
 @pytest.mark.parametrize(("family", "why"), REFUSED)
 def test_a_refused_model_answers_plainly_and_says_why(rigs, family, why):
-    rig = rigs.get(family)
+    rig = rigs.get("llama", engine={"runner": "pooling"}) if family == "embedding" else rigs.get(family)
     assert why in rig.info.refusal
     with pytest.raises(ConfigError, match="Chunks can't be precomputed for"):
         rig.llm.kvblend.ingest(["A text that is long enough to be a chunk of its own, if only it could be one."] * 2)
-    if family == "mamba":
-        return  # vLLM starts it on a CPU, and lacks the kernel to run it
+    if family in ("mamba", "embedding"):
+        return  # vLLM starts the first on a CPU, and lacks the kernel to run it; the second answers nothing
     answers = rig.ask([rig.tokens(300, 1), rig.tokens(40, 2)], selector="everything")
     for answer in answers:
         assert len(answer.token_ids) == 16
