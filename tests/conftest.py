@@ -208,6 +208,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# vLLM's arguments that a family needs.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    # Blocks hold 16 tokens there. vLLM's own kernel for rotary embeddings on a CPU takes keys that are a slice of
+    # something larger for whole ones, and turns tokens by others' positions; the start-up check refuses it.
+    "deepseek-v2": {
+        "num_gpu_blocks_override": 512,
+        "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
+    },
+    "paddleocr-vl": {"limit_mm_per_prompt": {"image": 0, "video": 0}},
+}
+
 # What people combine blending with: a family, and vLLM's arguments. Prompts are longer than a step of 256 tokens,
 # so that all but one run with chunked prefill.
 COMBINATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -488,6 +499,7 @@ class _Rigs:
             "kv_cache_memory_bytes": 1 << 28,
             "tensor_parallel_size": ranks,
             "pipeline_parallel_size": stages,
+            **ARGUMENTS.get(family, {}),
             **(engine or {}),
         }
         if "speculative_config" not in arguments:  # vLLM takes no logits processor beside it

@@ -31,8 +31,6 @@ from kvblend_rag.errors import KVBlendError
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "docs" / "results" / "models.json"
 LENGTHS = (200, 500, 1000)
-_CACHES = {"deepseek-v2": {"blocks": 512}}
-"""Blocks are smaller there: 16 tokens on a CPU."""
 
 
 def main() -> int:
@@ -50,7 +48,7 @@ def main() -> int:
         rigs = tiny._Rigs(Path(folder))
         with contextlib.closing(rigs):
             for name in tqdm(names or list(known), desc="Verifying"):
-                result = _verified(rigs, name, *known[name])
+                result = _verified(tiny, rigs, *known[name])
                 _keep(name, result, "combinations" if name in tiny.COMBINATIONS else "families")
                 failed += [] if result["refusal"] or result["equal"] else [name]
     if failed:
@@ -68,9 +66,9 @@ def _tests() -> ModuleType:
     return module
 
 
-def _verified(rigs: Any, name: str, family: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def _verified(tiny: ModuleType, rigs: Any, family: str, arguments: dict[str, Any]) -> dict[str, Any]:
     # On disk alone, as `kvblend verify` has it.
-    rig = rigs.get(family, engine=arguments or None, local_device="disk", **_CACHES.get(name, {}))
+    rig = rigs.get(family, engine=arguments or None, local_device="disk")
     info = rig.info
     facts = {
         "family": family,
@@ -80,7 +78,7 @@ def _verified(rigs: Any, name: str, family: str, arguments: dict[str, Any]) -> d
         "device": info.device,
         "dtype": info.dtype,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "options": arguments,
+        "options": {**tiny.ARGUMENTS.get(family, {}), **arguments},
     }
     if info.refusal is not None:
         return {**facts, "checks": [], "equal": None}
