@@ -268,6 +268,8 @@ def _build(family: str, folder: Path) -> None:
             elif label.endswith("bias"):
                 parameter.copy_(0.5 * torch.randn_like(parameter))
     model.save_pretrained(folder)
+    if family == "paddleocr-vl":  # vLLM wants it even for text alone
+        transformers.PaddleOCRVLImageProcessorPil().save_pretrained(folder)
     if family in INT8:
         _to_int8(folder)
 

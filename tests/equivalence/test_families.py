@@ -68,6 +68,19 @@ def of_length(rig, total):
     )
 
 
+@pytest.mark.parametrize("family", BRIEF)
+def test_in_brief(rigs, family):
+    rig = rigs.get(family)
+    assert rig.info.refusal is None
+    prompts = [of_length(rig, total) for total in (129, 257, 700)]
+    answers = rig.fresh(prompts, selector="everything")
+    assert all(answer.report.blended for answer in answers)
+    assert max(a.difference(rig.plain(p)) for a, p in zip(answers, prompts, strict=True)) < TOLERANCE
+    test_stored_kv_is_exact_where_it_was_computed(rig)
+    test_approximate_blending_reuses_what_it_says(rig, "question")
+    test_plain_requests_after_blended_ones_are_plain(rig)
+
+
 def test_the_model_is_served(rig):
     assert rig.info.refusal is None
     assert len(rig.info.context) == 256
