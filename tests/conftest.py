@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -279,8 +280,6 @@ INT8 = ("llama-int8",)
 
 def _to_int8(folder: Path) -> None:
     """Linear layers' weights in eight bits, a scale a row, as compressed-tensors keeps them."""
-    import json
-
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -320,6 +319,14 @@ def _add_tokenizer(folder: Path) -> None:
     assert package.submodule_search_locations
     (gguf,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True).save_pretrained(folder)
+
+
+def _name_image_token(folder: Path) -> None:
+    """A processor asks the tokenizer for it."""
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings["extra_special_tokens"] = {"image_token": "<file_sep>"}
+    file.write_text(json.dumps(settings))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -464,6 +471,8 @@ class _Rigs:
             if not tokenizer.exists():
                 _add_tokenizer(tokenizer)
             shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+            if family == "paddleocr-vl":
+                _name_image_token(folder)
         return folder
 
     def get(

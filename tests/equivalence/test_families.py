@@ -36,6 +36,8 @@ FULL = (
     "qwen3-moe",
     "gpt-oss",
     "llama4",
+    "paddleocr-vl",
+    "deepseek-v2",
 )
 
 
