@@ -70,6 +70,11 @@ def of_length(rig, total):
     )
 
 
+def need_prefix_cache(rig):
+    if not rig.engine._llm.vllm_config.cache_config.enable_prefix_caching:
+        pytest.skip("vLLM has no prefix cache for MLA on a CPU")
+
+
 @pytest.mark.parametrize("family", BRIEF)
 def test_in_brief(rigs, family):
     rig = rigs.get(family)
@@ -130,6 +135,7 @@ def test_blended_and_plain_requests_in_the_same_batches(rig):
 @pytest.mark.parametrize(("header", "cached"), [(20, 128), (140, 128), (250, 256)], ids=str)
 def test_behind_a_prefix_cache_hit(rig, header, cached):
     """The hit ends in a chunk, in the header, and right behind the header."""
+    need_prefix_cache(rig)
     prompt = rig.prompt(200, 100, total=620, header=header)
     expected = rig.plain(prompt)
     rig.fresh([prompt[: cached + 1]], 1, blend=False)
@@ -140,6 +146,7 @@ def test_behind_a_prefix_cache_hit(rig, header, cached):
 
 
 def test_the_same_prompt_again_uses_its_own_blended_blocks(rig):
+    need_prefix_cache(rig)
     prompt = rig.prompt(100, total=384, header=10)
     (first,) = rig.fresh([prompt], selector="everything")
     (again,) = rig.ask([prompt], selector="everything")
