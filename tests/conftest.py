@@ -247,6 +247,7 @@ COMBINATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "no prefix cache": ("llama", {"enable_prefix_caching": False}),
     "weights in eight bits": ("llama-int8", {}),
+    "data parallelism": ("llama", {"data_parallel_size": 2}),
 }
 
 

@@ -18,7 +18,7 @@ ADAPTER = "an adapter"
 
 ADAPTERS, NGRAMS = "adapters", "speculation from n-grams"
 OTHER_STEPS = "whole prompts, priorities, embeddings"
-ENGINES = (SHARED, ADAPTERS, NGRAMS, OTHER_STEPS, "no prefix cache", "weights in eight bits")
+ENGINES = (SHARED, ADAPTERS, NGRAMS, OTHER_STEPS, "no prefix cache", "weights in eight bits", "data parallelism")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,7 @@ ROWS = {
     "a priority": Row(OTHER_STEPS, request={"priority": 3}),
     "prefix cache off": Row("no prefix cache"),
     "weights in eight bits": Row("weights in eight bits"),
+    "data parallelism": Row("data parallelism"),
 }
 
 
