@@ -48,7 +48,12 @@ def main() -> int:
         rigs = tiny._Rigs(Path(folder))
         with contextlib.closing(rigs):
             for name in tqdm(names or list(known), desc="Verifying"):
-                result = _verified(tiny, rigs, *known[name])
+                try:
+                    result = _verified(tiny, rigs, *known[name])
+                except KVBlendError as error:
+                    print(f"{name}: {error}", file=sys.stderr)
+                    failed.append(name)
+                    continue
                 _keep(name, result, "combinations" if name in tiny.COMBINATIONS else "families")
                 failed += [] if result["refusal"] or result["equal"] else [name]
     if failed:
@@ -83,10 +88,7 @@ def _verified(tiny: ModuleType, rigs: Any, family: str, arguments: dict[str, Any
     if info.refusal is not None:
         return {**facts, "checks": [], "equal": None}
     texts = [document.content for document in load_documents(BUNDLED)]
-    try:
-        result = verify.check(rig.llm, texts, LENGTHS)
-    except KVBlendError as error:
-        return {**facts, "checks": [], "equal": False, "error": str(error)}
+    result = verify.check(rig.llm, texts, LENGTHS)
     return {**facts, **{key: result[key] for key in ("tolerance", "tolerance_reason", "checks", "equal")}}
 
 

@@ -36,8 +36,7 @@ class Row:
 
 ROWS = {
     "structured output": Row(SHARED, {"structured_outputs": {"regex": r"[a-z]{4} [0-9]{12}"}}),
-    "several answers": Row(SHARED, {"n": 3}),
-    "several drawn answers": Row(SHARED, {"n": 2, "temperature": 0.8, "seed": 7}),
+    "several answers": Row(SHARED, {"n": 3, "temperature": 0.8, "seed": 7}),
     "drawn with a seed": Row(SHARED, {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "seed": 11}),
     "penalties on prompt tokens": Row(SHARED, {"repetition_penalty": 1.3, "presence_penalty": 0.4}),
     "a token made likelier": Row(SHARED, {"logit_bias": {300: 4.0}, "min_tokens": 4}),
