@@ -555,7 +555,7 @@ FAMILIES = {
 
 def _supported(part: str, name: str) -> str:
     """The rows of one part of docs/results/models.json: what was checked, and what came of it."""
-    results = json.loads((RESULTS / "models.json").read_text(encoding="utf-8"))[part]
+    results = json.loads((RESULTS / "models.json").read_text(encoding="utf-8")).get(part, {})
     rows = []
     for key, result in sorted(results.items(), key=lambda each: (bool(each[1]["refusal"]), each[0])):
         checks = result["checks"]
