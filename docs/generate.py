@@ -555,7 +555,8 @@ FAMILIES = {
 
 def _supported(part: str, name: str) -> str:
     """The rows of one part of docs/results/models.json: what was checked, and what came of it."""
-    results = json.loads((RESULTS / "models.json").read_text(encoding="utf-8")).get(part, {})
+    file = RESULTS / "models.json"
+    results = json.loads(file.read_text(encoding="utf-8")).get(part, {}) if file.exists() else {}
     rows = []
     for key, result in sorted(results.items(), key=lambda each: (bool(each[1]["refusal"]), each[0])):
         checks = result["checks"]
