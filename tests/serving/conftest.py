@@ -162,8 +162,6 @@ def server(rigs: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1536", "--max-num-batched-tokens", "512"]
     command += ["--kv-cache-memory-bytes", str(1 << 28)]
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    # A random model would write blanks for ever where JSON allows them.
-    command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
     with collecting() as (collector, spans):
         command += ["--otlp-traces-endpoint", collector]
         environment = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"}
