@@ -49,6 +49,8 @@ class Engine(ABC):
     """An inference engine with a chunk store."""
 
     info: EngineInfo
+    chunks_at_once: int = 64
+    """Chunks in its hands at a time when texts are ingested: enough to fill vLLM's batches."""
     documents: Any = None
     """An ``ingest.Documents`` where the store is the engine's own business; None: it is used through ``call``."""
 

@@ -24,9 +24,6 @@ Text: TypeAlias = "str | Sequence[int] | TokenIds"
 MATCHING_WINDOW = 16
 """A chunk of fewer tokens can't be found again in a prompt (blend.match.ChunkIndex)."""
 
-_AT_ONCE = 64
-"""Chunks in vLLM's hands at a time: enough to fill its batches."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class IngestReport:
@@ -183,7 +180,7 @@ class Ingester:
 
     async def _compute(self, wanted: dict[str, TokenIds], bar: tqdm[Any]) -> dict[str, str]:
         failed: dict[str, str] = {}
-        gate = asyncio.Semaphore(_AT_ONCE)
+        gate = asyncio.Semaphore(self._engine.chunks_at_once)
 
         async def one(key: str, chunk: TokenIds) -> None:
             async with gate:

@@ -36,6 +36,9 @@ from kvblend_rag.vllm_plugin.sampling import sampling_params
 
 T = TypeVar("T")
 
+_BESIDE_ANSWERS = 8
+"""Chunks in a server's hands at a time: an answer that comes then waits behind no more than these."""
+
 
 class VLLMEngine(Engine):
     """vLLM with our connector.
@@ -117,6 +120,7 @@ class VLLMEngine(Engine):
         """
         described = await _describe(llm)
         engine = cls(llm, LoopThread(asyncio.get_running_loop()), owned=False, described=described)
+        engine.chunks_at_once = _BESIDE_ANSWERS
         engine._closed = True  # the server closes it; by then its loop has ended
         return engine
 
