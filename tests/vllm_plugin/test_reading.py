@@ -10,6 +10,7 @@ pytest.importorskip("vllm")
 from kvblend_rag.commands.torture_kill import make
 from kvblend_rag.store import DiskStore, MemoryStore, TieredStore
 from kvblend_rag.vllm_plugin.blender import Blender
+from kvblend_rag.vllm_plugin.hot_chunks import HotChunks
 from kvblend_rag.vllm_plugin.paged_kv import PagedKV
 
 
@@ -20,7 +21,7 @@ def blender(tmp_path):
     for number in (1, 2):
         store.put(make(number))
     blender = Blender.__new__(Blender)
-    blender._store = store
+    blender._store, blender._hot = store, HotChunks(0, torch.device("cpu"))
     blender._paged = paged = PagedKV.__new__(PagedKV)
     paged.layers, paged.heads, paged.head_dim, paged.dtype = [0, 1], 2, 4, torch.float32
     return blender
@@ -32,8 +33,11 @@ def job(*runs):
 
 
 def test_each_chunk_is_read_once_with_its_tier(blender):
-    chunks, tiers, failure = blender._read_all(job((1, 0, 20), (2, 5, 59), (1, 10, 54)))
+    loads = []
+    chunks, tiers, failure = blender._read_all(job((1, 0, 20), (2, 5, 59), (1, 10, 54)), loads)
     assert failure is None
+    assert {load.tier for load in loads} == {"memory"}
+    assert (sum(load.chunks for load in loads), sum(load.bytes for load in loads)) == (2, 2 * make(1).kv.nbytes)
     assert tiers == {make(number).key: "memory" for number in (1, 2)}
     assert all(torch.equal(chunks[make(number).key], make(number).kv) for number in (1, 2))
 
@@ -42,6 +46,6 @@ def test_each_chunk_is_read_once_with_its_tier(blender):
     ("runs", "says"), [([(1, 0, 65)], "this model needs"), ([(1, 0, 5), (3, 0, 5)], "ingest its text again")]
 )
 def test_what_can_not_be_used_is_a_reason(blender, runs, says):
-    chunks, tiers, failure = blender._read_all(job(*runs))
+    chunks, tiers, failure = blender._read_all(job(*runs), [])
     assert (chunks, tiers) == ({}, {})
     assert says in failure
