@@ -50,6 +50,7 @@ generated.mkdir(exist_ok=True)
 (generated / "gpu_goals.md").write_text(generate.gpu_goals(), encoding="utf-8")
 (generated / "capacity.md").write_text(generate.capacity(), encoding="utf-8")
 (generated / "encodings.md").write_text(generate.encodings(), encoding="utf-8")
+(generated / "planner.md").write_text(generate.planner(), encoding="utf-8")
 (generated / "capacity_tiers.md").write_text(generate.capacity_tiers(), encoding="utf-8")
 for notebook in sorted((HERE.parent / "notebooks").glob("*.ipynb")):
     shutil.copyfile(notebook, generated / notebook.name)

@@ -192,6 +192,12 @@ def _planner_rows(result: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def planner() -> str:
+    """The sweep on this CPU, as `kvblend bench planner` measured it."""
+    result = json.loads((RESULTS / "cpu-planner.json").read_text(encoding="utf-8"))
+    return f"{_planner_rows(result)}\nFrom `docs/results/cpu-planner.json` (`{_plain(result['command'])}`).\n"
+
+
 def is_gpu(result: dict[str, Any]) -> bool:
     """Whether a result file is one of `tests/gpu/ttft.py`: by prompt length and arm."""
     arms = next(iter(result.get("results", {}).values()), None) if isinstance(result.get("results"), dict) else None
