@@ -32,8 +32,8 @@ _CHOICES = 5
 """Log-probabilities a step, to judge a near tie."""
 
 _REQUESTS: dict[str, tuple[dict[str, Any], bool]] = {
-    # vLLM draws several answers only with some temperature; at the lowest it has they are as good as greedy.
-    "several answers of one prompt": ({"n": 2, "temperature": 0.01, "seed": 0}, True),
+    # vLLM draws several answers only with some temperature; from one candidate there is one to draw.
+    "several answers of one prompt": ({"n": 2, "temperature": 1.0, "top_k": 1}, True),
     "an answer of a given form": ({"regex": "[0-9a-f]{12}", "extra": {}}, True),
     "penalties on the prompt's tokens": ({"repetition_penalty": 1.3}, True),
     "log-probabilities of the prompt": ({"extra": {"ignore_eos": True, "prompt_logprobs": 1}}, False),
