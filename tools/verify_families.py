@@ -91,6 +91,8 @@ def _verified(tiny: ModuleType, rigs: Any, family: str, arguments: dict[str, Any
         return {**facts, "checks": [], "equal": None}
     texts = [document.content for document in load_documents(BUNDLED)][:_TEXTS]
     result = verify.check(rig.llm, texts, LENGTHS)
+    for check in result["checks"]:  # a damaged chunk is named with its place, which is gone tomorrow
+        check["remark"] = check["remark"].replace(str(rigs._folder), "…")
     return {**facts, **{key: result[key] for key in ("tolerance", "tolerance_reason", "checks", "equal")}}
 
 
