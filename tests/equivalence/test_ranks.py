@@ -90,6 +90,15 @@ def test_ranks_recompute_the_same_tokens(pair, selector):
     assert first.token_ids != plain.token_ids or first.difference(plain) > 1e-3
 
 
+def test_ranks_follow_the_planner_together(pair):
+    """What it decides by the clock is decided once: the answers of a batch are exact, or blended as they say."""
+    prompts = [prompt_of(pair, total) for total in LENGTHS[3:]]
+    for _ in range(3):
+        for prompt, answer in zip(prompts, pair.fresh(prompts, selector="everything", planner=True), strict=True):
+            assert answer.report.blended or answer.report.reason
+            assert answer.difference(pair.plain(prompt)) < TOLERANCE
+
+
 def test_each_rank_stores_its_own_heads(pair):
     chunk = pair.chunks[150]
     layout, key = StoreLayout.of(pair.llm.kvblend.config.store_path), pair.key(chunk)
