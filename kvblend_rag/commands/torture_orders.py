@@ -29,6 +29,9 @@ _LENGTHS = (48, 320)
 _ENDS = 100
 """Prompts at the beginning and the end that are also asked plainly."""
 
+_LAYERS, _HIDDEN = 6, 384
+"""Large enough for loading to pay, small enough for two cores to answer a thousand prompts in minutes."""
+
 _ZIPF = 1.0
 _GIB = 1 << 30
 
@@ -51,8 +54,8 @@ def run(folder: Path, *, orders: int = 1000, chunks: int = 1000, per_prompt: int
 
     rng = np.random.default_rng(seed)
     texts = [rng.integers(5, VOCABULARY, int(rng.integers(*_LENGTHS))).astype(np.int32) for _ in range(chunks)]
-    model = write_random_model(folder / "model", layers=8, hidden=512)
-    token_bytes = 8 * 2 * 256 * 4
+    model = write_random_model(folder / "model", layers=_LAYERS, hidden=_HIDDEN)
+    token_bytes = _LAYERS * 2 * (_HIDDEN // 2) * 4
     bound = sum(map(len, texts)) * token_bytes / 5
     config = BlendConfig(
         store_path=str(folder / "store"),
