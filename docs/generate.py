@@ -551,7 +551,7 @@ FAMILIES = {
     "mixtral": "Mixtral",
     "gpt-oss": "gpt-oss (sinks, windows, experts)",
     "llama4": "Llama 4 (chunked attention, layers without RoPE, experts)",
-    "deepseek-v2": "DeepSeek V2, V3, Kimi K2 (MLA, experts)",
+    "deepseek-v2": "DeepSeek V2 (MLA, experts); V3 and Kimi K2 share its attention",
     "paddleocr-vl": "PaddleOCR-VL, text alone (M-RoPE)",
     "gpt2": "GPT-2 (learned positions)",
     "mamba": "Mamba",
