@@ -34,7 +34,6 @@ FULL = (
     "cohere2",
     "exaone4",
     "qwen3-moe",
-    "gpt-oss",
     "llama4",
     "paddleocr-vl",
     "deepseek-v2",

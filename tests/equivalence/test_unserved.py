@@ -9,6 +9,7 @@ REFUSED = [
     pytest.param("embedding", "not a generating model", id="embedding", marks=pytest.mark.full),
     pytest.param("mamba", "state-space layers", id="mamba", marks=pytest.mark.full),
     pytest.param("lfm2", "state-space layers", id="lfm2", marks=pytest.mark.full),
+    pytest.param("gpt-oss", "attention sinks are not served on a CPU", id="gpt-oss", marks=pytest.mark.full),
     # Positions are learned, and in keys and values alike: only the start-up check can know.
     pytest.param("gpt2", "don't move with the position", id="gpt2", marks=pytest.mark.full),
     pytest.param("olmo2-dynamic", "changes its frequencies", id="dynamic-transformers", marks=pytest.mark.full),

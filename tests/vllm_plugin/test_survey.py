@@ -130,12 +130,16 @@ class Special(Attention):
         (lambda: runner(layer(), groups=[None, None]), "need 2 kinds of KV cache"),
         (lambda: runner(layer(), layer(Special)), r"layer model\.layers\.1\.attn is of the kind Special"),
         (lambda: runner(layer(kv_sharing_target_layer_name="model.layers.0.attn")), "share one KV cache"),
+        (
+            lambda: runner(layer(impl=SimpleNamespace(do_kv_cache_update=None, sinks=torch.zeros(4)))),
+            "attention sinks are not served on a CPU",
+        ),
         (lambda: runner(layer(impl=object())), "attention backend SOME_BACKEND has no separate KV write"),
         (lambda: runner(layer(), layer(cache=(4, 2, 16, 128))), "KV heads of different shapes"),
         (lambda: runner(layer(MLAAttention, (4, 16, 576))), "SOME_BACKEND has packed its up-projection away"),
         (lambda: runner(layer(), supports_mm_inputs=True, use_deepstack=True), "DeepStack"),
     ],
-    ids=["window", "state", "two kinds", "special", "shared", "no write", "shapes", "packed", "deepstack"],
+    ids=["window", "state", "two kinds", "special", "shared", "sinks", "no write", "shapes", "packed", "deepstack"],
 )
 def test_layers_that_are_refused(made, why):
     with pytest.raises(Refused, match=why):
