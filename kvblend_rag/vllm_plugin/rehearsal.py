@@ -7,6 +7,7 @@ and compiles. So it is tried, in free blocks, on chunks that nobody stored.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -24,6 +25,8 @@ from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
 from kvblend_rag.vllm_plugin.metadata import BlendJob, Outcome, Recipe
 from kvblend_rag.vllm_plugin.paged_kv import PagedKV
 from kvblend_rag.vllm_plugin.planner import effort_of
+
+logger = logging.getLogger(__name__)
 
 _SECONDS = 0.1
 """A pass is as long as this allows: the reader's 150 tokens on two cores."""
@@ -90,9 +93,16 @@ class Rehearsal:
 
     @torch.inference_mode()
     def run(self, recipe: Recipe) -> Pace | None:
-        """The engine's pace, with blends as the recipe says; None where there is no room to try."""
+        """The engine's pace, with blends as the recipe says; None where there is no room to try, or trying fails."""
         if self._room < _LEAST_ROOM:
             return None
+        try:
+            return self._pace(recipe)
+        except RuntimeError as error:  # torch's, out of memory among them
+            logger.warning("kvblend plans nothing and loads whatever it finds: its rehearsal failed (%s).", error)
+            return None
+
+    def _pace(self, recipe: Recipe) -> Pace:
         count = self._size()
         share = shares(self._paged)
         pace = Pace(

@@ -183,3 +183,13 @@ def test_a_rehearsal_finds_the_pace(monkeypatch, blocks, longest):
     assert pace.placed == pytest.approx(clock.placed, rel=0.3)
     assert pace.token_bytes == 12 * 2 * 2 * 8 * 4
     assert (pace.question_share, pace.deviation_share) == (7 / 12, 2 / 12)
+
+
+def test_a_rehearsal_that_fails_ends_no_start(monkeypatch, caplog):
+    def blend(job):
+        raise RuntimeError("CUDA out of memory")
+
+    paged, clock = Paged(), Clock(monkeypatch)
+    rehearsal = Rehearsal(paged, Forward(clock), blend, Shelf(paged), blocks=500, max_model_len=4096, vocabulary=100)
+    assert rehearsal.run(Recipe("first", 0.15, 16)) is None
+    assert "its rehearsal failed (CUDA out of memory)" in caplog.text
