@@ -121,7 +121,8 @@ def _full(root: Path) -> Iterator[str | None]:
     yield None if not list(StoreLayout(root).chunks.rglob("*.tmp")) else "something half-written stayed"
     store.delete([make(number).key for number in kept[: len(kept) // 2]])
     put_and_list(store, catalogue, [make(kept[0])], _SHARD)
-    yield None if check(root).ok else "with room again, the store is not whole"
+    found = check(root)
+    yield None if found.ok else f"with room again, the store is not whole: {found}"
     store.close()
 
 

@@ -6,6 +6,7 @@ transactions, and a line that was half written or damaged is passed over.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -116,9 +117,14 @@ def _append(path: Path, records: Iterable[list[Any]]) -> None:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             data = b"\n" + data  # a writer died in the middle of a line
-        while data:
-            data = data[os.write(descriptor, data) :]
-        os.fdatasync(descriptor)
+        try:
+            while data:
+                data = data[os.write(descriptor, data) :]
+            os.fdatasync(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, size)  # on a full device half a line is there
+            raise
     finally:
         os.close(descriptor)
 
