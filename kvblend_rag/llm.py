@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from kvblend_rag.config import BlendConfig
 from kvblend_rag.engine import Engine, Prompt
 from kvblend_rag.errors import ConfigError
 from kvblend_rag.kvblend import KVBlend
-from kvblend_rag.output import RequestOutput
+from kvblend_rag.output import CompletionOutput, RequestOutput
 
 Message = Mapping[str, Any]
 
@@ -98,11 +99,8 @@ class LLM:
             with tqdm(total=len(batch), desc="Answering", disable=not use_tqdm) as bar:
 
                 async def one(prompt: Prompt, own: Any) -> RequestOutput:
-                    final = None
-                    async for output in self.stream(prompt, own, blend=blend, **extra):
-                        final = output
+                    final = await _whole(self.stream(prompt, own, blend=blend, **extra))
                     bar.update()
-                    assert final is not None
                     return final
 
                 return list(await asyncio.gather(*map(one, batch, params)))
@@ -167,6 +165,18 @@ class LLM:
 
     def _start(self) -> None:
         assert self.kvblend.engine is not None
+
+
+async def _whole(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
+    """The last output with all answers: of several to one prompt, vLLM shows each when it has got further."""
+    final, report = None, None
+    answers: dict[int, CompletionOutput] = {}
+    async for final in outputs:
+        answers.update((answer.index, answer) for answer in final.outputs)
+        if final.report.blended:  # the other answers may have found its KV
+            report = final.report
+    assert final is not None
+    return replace(final, outputs=[answers[index] for index in sorted(answers)], report=report or final.report)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

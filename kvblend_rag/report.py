@@ -75,6 +75,11 @@ class BlendReport:
     ``select``, ``forward``."""
 
     @property
+    def on_blended_kv(self) -> bool:
+        """Whether the answer stands on blended KV: its own, or that of the same blend in the prefix cache."""
+        return self.blended or self.reason == "the same blend's KV was in vLLM's own prefix cache"
+
+    @property
     def recomputed_share(self) -> float:
         """Recomputed tokens among those of stored chunks, 0 to 1; 0 where nothing was reused."""
         return self.recomputed_tokens / max(self.reused_tokens + self.recomputed_tokens, 1)

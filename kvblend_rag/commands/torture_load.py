@@ -32,7 +32,6 @@ from kvblend_rag.blend.chunk import TokenIds, as_token_ids
 from kvblend_rag.commands.arms import greedy
 from kvblend_rag.commands.random_model import VOCABULARY, write_random_model
 from kvblend_rag.config import BlendConfig
-from kvblend_rag.report import BlendReport
 
 if TYPE_CHECKING:
     from kvblend_rag.llm import LLM
@@ -197,7 +196,7 @@ class _Load:
             elif leave is None and len(found) != _ANSWER:
                 outcome = "cut"
                 self._wrong.append(f"{asked.arm}: an answer ended after {len(found)} of {_ANSWER} tokens")
-            elif leave is None and asked.arm != "plain" and not _was_blended(output.report):
+            elif leave is None and asked.arm != "plain" and not output.report.on_blended_kv:
                 outcome = "not blended"
                 self._wrong.append(f"{asked.arm}: not blended: {output.report.reason}")
             self._counts[f"{asked.arm} {outcome}"] += 1
@@ -227,10 +226,6 @@ class _Load:
 
 def _sampling(**more: Any) -> Any:
     return greedy(_ANSWER, ignore_eos=True, detokenize=False, **more)
-
-
-def _was_blended(report: BlendReport) -> bool:
-    return report.blended or report.reason == "the same blend's KV was in vLLM's own prefix cache"
 
 
 def _preemptions() -> int:

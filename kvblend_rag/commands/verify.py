@@ -197,7 +197,7 @@ def _compared(what: str, answer: _Answer, ordinary: _Answer, tolerance: float, *
     report = answer.report
     difference = ordinary.difference(answer, near=tolerance)
     used = report.reused_tokens + report.recomputed_tokens
-    as_planned = report.blended == blended
+    as_planned = report.on_blended_kv == blended
     remark = "it was blended" if report.blended and not blended else report.reason or ""
     if blended and not as_planned:
         remark = f"nothing was blended: {report.reason}"
