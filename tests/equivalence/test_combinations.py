@@ -80,13 +80,15 @@ def test_a_combination(rig, row, tmp_path_factory):
     expected = _ask(rig, prompt, row, request, blend=False)
     found = _ask(rig, prompt, row, request, selector="everything")
     _expect_equal(found, expected)
-    assert found.report.blended == (row.reason is BLENDED)
-    assert found.report.reason == row.reason
+    assert found.report.on_blended_kv == (row.reason is BLENDED)
+    if "n" not in row.sampling:  # of several answers one is blended, and the last may have found its KV
+        assert found.report.reason == row.reason
     if row.reason is BLENDED:
-        assert found.report.recomputed_tokens == 300
+        if "n" not in row.sampling:
+            assert found.report.recomputed_tokens == 300
         # With nothing recomputed another answer comes: the stored KV was used, and could have made a difference.
         reused = _ask(rig, prompt, row, request, selector="none")
-        assert reused.report.reused_tokens == 300
+        assert reused.report.on_blended_kv
         assert not _equal(reused, expected)
     _expect_equal(_ask(rig, prompt, row, request, blend=False, keep=True), expected)
 
