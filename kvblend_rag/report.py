@@ -12,6 +12,9 @@ from kvblend_rag.drawing import Drawing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+SAME_BLEND = "the same blend's KV was in vLLM's own prefix cache"
+"""The reason of a request that was not blended itself and yet stands on blended KV."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkUse:
@@ -77,7 +80,7 @@ class BlendReport:
     @property
     def on_blended_kv(self) -> bool:
         """Whether the answer stands on blended KV: its own, or that of the same blend in the prefix cache."""
-        return self.blended or self.reason == "the same blend's KV was in vLLM's own prefix cache"
+        return self.blended or self.reason == SAME_BLEND
 
     @property
     def recomputed_share(self) -> float:

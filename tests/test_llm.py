@@ -4,10 +4,9 @@ import asyncio
 
 from kvblend_rag.llm import _whole
 from kvblend_rag.output import CompletionOutput, RequestMetrics, RequestOutput
-from kvblend_rag.report import BlendReport
+from kvblend_rag.report import SAME_BLEND, BlendReport
 
 METRICS = RequestMetrics(first_scheduled_time=0.0, first_token_time=1.0, finished_time=2.0)
-SAME_BLEND = "the same blend's KV was in vLLM's own prefix cache"
 
 
 def shown(*answers, **report):

@@ -28,7 +28,7 @@ from kvblend_rag.calibration.verdict import Verdict, find_verdict
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import KVBlendError
 from kvblend_rag.ingest import STORING
-from kvblend_rag.report import BlendReport, ChunkUse
+from kvblend_rag.report import SAME_BLEND, BlendReport, ChunkUse
 from kvblend_rag.selectors import get_selector
 from kvblend_rag.selectors.base import Evidence
 from kvblend_rag.store import layout_of
@@ -218,9 +218,10 @@ class SchedulerSide:
         if external <= 0:
             # After a preemption the report tells of the blend that was, and what is missing is computed.
             if not self._reports[request.request_id].blended:
-                whose = "the same blend's KV" if blend.isolated else "the prompt"
-                self._note(request.request_id, reason=f"{whose} was in vLLM's own prefix cache")
-                if blend.isolated:
+                if not blend.isolated:
+                    self._note(request.request_id, reason="the prompt was in vLLM's own prefix cache")
+                else:
+                    self._note(request.request_id, reason=SAME_BLEND)
                     self._met_again[request.request_id] = self._seen_digests.get(blend.digest)
             return
         first = blend.plan.prompt_tokens - 1 - external

@@ -105,6 +105,7 @@ REASONS = {
     "scheduler": [
         *returned("vllm_plugin/scheduler_side.py", "_plan_saving", "_nothing_matched"),
         *assigned("vllm_plugin/scheduler_side.py"),
+        *constants("report.py", "SAME_BLEND"),
         *constants("ingest.py", "STORING"),
     ],
     "planner": [
