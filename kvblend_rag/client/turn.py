@@ -10,17 +10,6 @@ from typing import Any
 from kvblend_rag.conversation.sampling import Sampling
 from kvblend_rag.conversation.turn import ChatRequest, Parsed, Turn
 
-_SAME = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "max_tokens",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-)
 _OF_OPENAI = frozenset(
     {"temperature", "top_p", "seed", "max_tokens", "presence_penalty", "frequency_penalty", "stop", "n"}
 )
@@ -87,7 +76,7 @@ def _strict(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 def request_body(settings: Sampling, model: str, *, chat: bool) -> dict[str, Any]:
     """Sampling settings as arguments of OpenAI's client."""
-    values: dict[str, Any] = {name: value for name in _SAME if (value := getattr(settings, name)) is not None}
+    values = settings.given()
     if settings.stop:
         values["stop"] = list(settings.stop)
     if settings.n != 1:

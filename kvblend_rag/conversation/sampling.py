@@ -9,6 +9,18 @@ from typing import Any
 
 from kvblend_rag.errors import ConfigError
 
+_NAMED_ALIKE = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "max_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -45,6 +57,10 @@ class Sampling:
         object.__setattr__(self, "stop", stop)
         if (self.json_schema is not None) + self.json_object + (self.regex is not None) > 1:
             raise ConfigError("Give one of json_schema, json_object and regex: an answer can have one form only.")
+
+    def given(self) -> dict[str, Any]:
+        """What is not left to the model, of the settings that OpenAI and vLLM name alike."""
+        return {name: value for name in _NAMED_ALIKE if (value := getattr(self, name)) is not None}
 
     @property
     def constrained(self) -> bool:

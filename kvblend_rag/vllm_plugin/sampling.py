@@ -12,18 +12,6 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from kvblend_rag.conversation.sampling import Sampling
 from kvblend_rag.errors import ConfigError
 
-_SAME = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "max_tokens",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-)
-
 
 def sampling_params(
     settings: Sampling,
@@ -46,7 +34,7 @@ def sampling_params(
         ConfigError: a value that vLLM does not accept.
     """
     values = {**defaults, "max_tokens": defaults.get("max_tokens")}
-    values.update({name: value for name in _SAME if (value := getattr(settings, name)) is not None})
+    values.update(settings.given())
     try:
         return SamplingParams(
             **{
