@@ -16,7 +16,7 @@ from kvblend_rag.client.reading import Reading
 from kvblend_rag.client.tokenizer import ServedTokenizer
 from kvblend_rag.client.turn import ServedParams, ServedTurn, request_body
 from kvblend_rag.conversation.sampling import Sampling
-from kvblend_rag.conversation.template import ESCAPED, ChatTemplate
+from kvblend_rag.conversation.template import ESCAPED
 from kvblend_rag.conversation.turn import ChatRequest, Turn
 from kvblend_rag.engine import Engine, EngineInfo, Prompt
 from kvblend_rag.errors import ConfigError, KVBlendError
@@ -75,11 +75,6 @@ class HTTPEngine(Engine):
     def tokenizer(self) -> ServedTokenizer:
         """The server's tokenizer; each text is a question to it."""
         return self._tokenizer
-
-    @cached_property
-    def template(self) -> ChatTemplate:
-        """The server's chat template; conversations are rendered there."""
-        return ChatTemplate(self._tokenizer)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), **template: Any
