@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvblend_rag.commands.capacity import find_shape
 from kvblend_rag.errors import ConfigError
+from kvblend_rag.figure import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,15 +41,11 @@ def plot_sweep(result: Mapping[str, Any]) -> Figure:
     Raises:
         ConfigError: matplotlib is not installed, or there was no sweep.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("A plot needs matplotlib: pip install 'kvblend-rag[plot]'.") from error
     sweep = {int(length): rows for length, rows in result["sweep"].items()}
     if not sweep:
         raise ConfigError("There is nothing to plot: name prompt lengths with --sweep.")
     lengths = sorted(sweep)
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    figure = new_figure(7, 4.6)
     axes = figure.subplots()
     for arm in sweep[lengths[0]]:
         rows = [sweep[length][arm] for length in lengths]
@@ -79,12 +76,7 @@ def save_plot(result: Mapping[str, Any], target: str | Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed, there was no sweep, or the file can't be written.
     """
-    figure = plot_sweep(result)
-    try:
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=110)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"The plot can't be written to {target}: {error}.") from error
+    save_figure(plot_sweep(result), target)
 
 
 __all__ = ["FLOOR_ARM", "floor_ms", "plot_sweep", "save_plot"]

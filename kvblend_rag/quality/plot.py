@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvblend_rag.errors import ConfigError
+from kvblend_rag.figure import new_figure, save_figure
 from kvblend_rag.quality.summary import ALL
 
 if TYPE_CHECKING:
@@ -29,11 +29,7 @@ def plot_quality(result: Mapping[str, Any], group: str = ALL) -> Figure:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("A plot needs matplotlib: pip install 'kvblend-rag[plot]'.") from error
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = new_figure(13, 4.2)
     rows = result["groups"][group]["arms"]
     for axes, (name, label) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
         for line, arms in _lines(result["arms"]).items():
@@ -61,12 +57,7 @@ def save_plot(result: Mapping[str, Any], target: str | Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed, or the file can't be written.
     """
-    figure = plot_quality(result)
-    try:
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=110)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"The plot can't be written to {target}: {error}.") from error
+    save_figure(plot_quality(result), target)
 
 
 def _lines(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
