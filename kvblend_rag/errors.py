@@ -36,6 +36,11 @@ class ModelNotFound(KVBlendError):
 class PromptTooLong(KVBlendError):
     """The prompt and the tokens to generate don't fit into the model's context."""
 
+    @staticmethod
+    def is_meant_by(message: str) -> bool:
+        """Whether this is what vLLM says, in its own words, which vary."""
+        return "maximum" in message and ("length" in message or "context" in message)
+
 
 class RequestTimeout(KVBlendError, TimeoutError):
     """The request took longer than its timeout, and was stopped."""

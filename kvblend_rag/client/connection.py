@@ -15,6 +15,10 @@ CLIENT_MISSING = "The client library is not installed: pip install 'kvblend-rag[
 _PATIENCE_S = 600.0
 
 
+class NotServed(ConfigError):
+    """The server has no such route, or nothing under that name."""
+
+
 class Connection:
     """Asks one server, from a thread or from an event loop.
 
@@ -85,8 +89,8 @@ class Connection:
         if status in (401, 403):
             return ConfigError(f"{self.url} does not accept this API key: give api_key, or set {API_KEY_VARIABLE}.")
         if status == 404:
-            return ConfigError(f"{self.url} does not know what was asked for: {message}")
-        if "maximum" in message and ("length" in message or "context" in message):
+            return NotServed(f"{self.url} does not know what was asked for: {message}")
+        if PromptTooLong.is_meant_by(message):
             return PromptTooLong(f"The prompt does not fit into the model's context: {message}")
         if status < 500:
             return ConfigError(f"{self.url} does not accept the request: {message}")
@@ -103,4 +107,4 @@ def _line(text: str) -> str:
     return (text.strip().splitlines() or ["no reason was given."])[0]
 
 
-__all__ = ["API_KEY_VARIABLE", "CLIENT_MISSING", "Connection"]
+__all__ = ["API_KEY_VARIABLE", "CLIENT_MISSING", "Connection", "NotServed"]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from kvblend_rag.client.connection import Connection
+from kvblend_rag.client.connection import Connection, NotServed
 from kvblend_rag.client.documents import ServedDocuments
 from kvblend_rag.client.reading import Reading
 from kvblend_rag.client.tokenizer import ServedTokenizer
@@ -43,9 +43,7 @@ class HTTPEngine(Engine):
         self._connection = Connection(base_url, api_key)
         try:
             told = self._connection.get("/info")
-        except ConfigError as error:
-            if "does not know" not in str(error):
-                raise
+        except NotServed as error:
             raise ConfigError(
                 f"{base_url} is a server without kvblend's routes: start it with `kvblend serve`, or set "
                 "VLLM_PLUGINS=kvblend for `vllm serve`."

@@ -284,7 +284,7 @@ def _converted(output: Any, submitted: float, first: float | None, now: float) -
 
 def _explained(error: Exception, info: EngineInfo) -> KVBlendError:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if "maximum" in text and ("length" in text or "context" in text):
+    if PromptTooLong.is_meant_by(text):
         return PromptTooLong(f"The prompt does not fit into the model's context of {info.max_model_len} tokens: {text}")
     return ConfigError(f"vLLM does not accept the request: {text}")
 

@@ -139,7 +139,7 @@ REASONS = {
         *raised("serving/jobs.py", "QueueFull"),
     ],
     "client": [
-        *raised("client/connection.py", "ConfigError", "EngineUnavailable", "RequestTimeout"),
+        *raised("client/connection.py", "ConfigError", "NotServed", "EngineUnavailable", "RequestTimeout"),
         *raised("client/engine.py", "ConfigError"),
         *constants("client/connection.py", "CLIENT_MISSING"),
     ],
