@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 LEARNED = "kvblend:learned"
 """The document that holds what was learned: deleting it, for a tenant, deletes all that."""
 
-_LOOK_S = 1.0
+_LOOK_S = (1.0, 15.0)
+"""Pauses between two looks: the shortest, and the longest after some with nothing to do. Each look wakes the workers,
+and vLLM's spin for a second after it (vllm/distributed/device_communicators/shm_broadcast.py)."""
+
 _IDLE_S = 1.0
 _AT_A_TIME = 32
 _WAITING = 256
@@ -77,6 +80,8 @@ class Learner:
         return True
 
     async def _work(self) -> None:
+        shortest, longest = _LOOK_S
+        pause = shortest
         while True:
             try:
                 did = await self.look()
@@ -86,8 +91,11 @@ class Learner:
             except Exception:  # a server must not lose its answers to this
                 logger.exception("kvblend: learning from prompts failed.")
                 did = False
-            if not did:
-                await asyncio.sleep(_LOOK_S)
+            if did:
+                pause = shortest
+                continue
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, longest)
 
 
 __all__ = ["LEARNED", "Learner"]
