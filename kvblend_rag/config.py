@@ -130,7 +130,7 @@ class BlendConfig:
     min_run: int = 16
     """A shorter run of chunk tokens in a prompt is computed, not reused."""
 
-    ingest_context: IngestContextKind = "document"
+    ingest_context: IngestContextKind = "long"
     """What a chunk's KV is computed behind: nothing, the first special token, the prompt's header,
     the header and a generic document, or the header and three of them (part of the chunk's key)."""
 

@@ -2,7 +2,8 @@
 
 A chunk that is computed as the first thing in a context behaves as the first thing; computed behind
 the prompt's header and *some* document it behaves like one document among several. That wins back a
-quarter and more of what reuse loses, at no cost when a prompt is answered (docs/quality.md).
+quarter and more of what reuse loses, at no cost when a prompt is answered (docs/quality.md). Behind three
+documents it behaves more like one deep in a prompt, which is where most chunks stand.
 """
 
 from __future__ import annotations

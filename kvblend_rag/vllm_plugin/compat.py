@@ -56,6 +56,22 @@ def private_builder(group: Any, vllm_config: VllmConfig, device: torch.device) -
     return type(theirs)(theirs.kv_cache_spec, group.layer_names, vllm_config, device, **extra)
 
 
+def confuses_windows(runner: Any) -> bool:
+    """Whether a group of layers with different windows is scheduled as if all had one: on a CPU until 0.32.
+
+    Beside a connector vLLM puts all of them into one group, and its builder takes the spec's window for everyone's
+    (vllm/v1/attention/backends/cpu_attn.py, ``_group_sliding_window``, is the repair).
+    """
+    modules = runner.vllm_config.compilation_config.static_forward_context
+    for group in (group for groups in runner.attn_groups for group in groups):
+        builder = group.metadata_builders[0]
+        if hasattr(builder, "_group_sliding_window") or getattr(builder, "window_size", None) in (None, -1):
+            continue
+        if len({getattr(modules[name].impl, "sliding_window", None) for name in group.layer_names}) > 1:
+            return True
+    return False
+
+
 def common_metadata(**fields: Any) -> CommonAttentionMetadata:
     """A CommonAttentionMetadata of those fields that the installed version has."""
     known = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
@@ -114,6 +130,7 @@ __all__ = [
     "chat_request",
     "common_metadata",
     "configure_logging",
+    "confuses_windows",
     "find_connector",
     "keep_first_runner",
     "platform_worker",

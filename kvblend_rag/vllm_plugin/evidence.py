@@ -21,12 +21,14 @@ _DEVIATION_LAYER = 1
 """The first layer whose KV depends on what the chunks see of each other (CacheBlend, arXiv 2405.16444)."""
 
 
-def middle_layers(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
-    """The middle third of those that see all, whose attention tells best what a question needs (docs/quality.md)."""
+def later_layers(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
+    """The last two thirds of those that see all, whose attention tells best what a question needs.
+
+    Of the middle third, all layers, every third one and these, these kept the next-token distribution nearest to full
+    prefill's (docs/quality.md).
+    """
     far_sighted = [layer for layer in layers if layer.sees_all] or list(layers)
-    count = len(far_sighted)
-    low, high = count // 3, max(2 * count // 3, count // 3 + 1)
-    return far_sighted[low:high]
+    return far_sighted[len(far_sighted) // 3 :]
 
 
 def question_attention(
@@ -44,7 +46,7 @@ def question_attention(
     Returns:
         The evidence, float32, shape (reused tokens,), and the number of tokens passed.
     """
-    plan, layers = job.plan, middle_layers(paged.layers)
+    plan, layers = job.plan, later_layers(paged.layers)
     taps = Taps([layer.name for layer in paged.layers], loader.wait, see={layer.name for layer in layers})
     rows = [Row(job.token_ids, job.block_ids, start, stop) for start, stop in plan.computed_ranges()]
     positions = forward.run(rows, around=taps)
@@ -143,8 +145,8 @@ def deviation_layer(paged: PagedKV) -> AttentionLayer:
 
 def shares(paged: PagedKV) -> dict[Evidence, float]:
     """Of the layers, the share that gathering each kind of evidence goes through."""
-    seen = {Evidence.QUESTION_ATTENTION: middle_layers(paged.layers)[-1], Evidence.DEVIATION: deviation_layer(paged)}
+    seen = {Evidence.QUESTION_ATTENTION: later_layers(paged.layers)[-1], Evidence.DEVIATION: deviation_layer(paged)}
     return {kind: (paged.layers.index(last) + 1) / len(paged.layers) for kind, last in seen.items()}
 
 
-__all__ = ["deviation", "deviation_layer", "middle_layers", "question_attention", "shares"]
+__all__ = ["deviation", "deviation_layer", "later_layers", "question_attention", "shares"]

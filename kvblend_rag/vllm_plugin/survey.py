@@ -16,6 +16,7 @@ from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttentio
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from kvblend_rag.blend.rope import Rotary, rotate, shift
+from kvblend_rag.vllm_plugin import compat
 from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
 from kvblend_rag.vllm_plugin.latent import LatentLayer
 from kvblend_rag.vllm_plugin.paged_kv import AttentionLayer, PagedKV
@@ -81,6 +82,8 @@ def survey_layers(runner: Any) -> list[AttentionLayer]:
         raise Refused(f"all its layers see {spec.sliding_window:,} tokens only, and vLLM drops the KV in front of them")
     if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
         raise Refused(f"its KV cache is of the kind {type(spec).__name__}, not full attention")
+    if compat.confuses_windows(runner):
+        raise Refused(f"vLLM {compat.version()} on a CPU takes one window for that of all layers: 0.32 is right")
     modules = runner.vllm_config.compilation_config.static_forward_context
     order = list(modules)
     layers = [_layer(name, modules[name]) for name in sorted(groups[0].layer_names, key=order.index)]

@@ -68,10 +68,10 @@ def test_it_holds_for_any_number_of_ranks_and_chunks_do_not(config, made, used):
 
 
 def test_it_need_not_be_heeded(config):
-    write_verdict(dataclasses.replace(ACCEPTED, context="long"), config.store_path)
+    write_verdict(ACCEPTED, config.store_path)
     careless = config.replace(heed_verdict=False)
     assert find_verdict(careless, "abc", CONTEXT) is None
-    assert preferred_context(careless, "abc") == "document"
+    assert preferred_context(careless, "abc") == "long"
 
 
 def test_its_settings_are_defaults_and_no_more(config):
@@ -82,14 +82,15 @@ def test_its_settings_are_defaults_and_no_more(config):
 
 
 def test_the_context_is_the_best_accepted_ones(config):
-    assert preferred_context(config, "abc") == "document"
+    assert preferred_context(config, "abc") == "long"
     write_verdict(ACCEPTED, config.store_path)
-    cheaper = {"context": "long", "context_digest": "f" * 32, "measured": {"recomputed_share": 0.1}}
+    assert preferred_context(config, "abc") == "document"
+    cheaper = {"context": "bos", "context_digest": "f" * 32, "measured": {"recomputed_share": 0.1}}
     write_verdict(dataclasses.replace(ACCEPTED, **cheaper), config.store_path)
     free = {"context": "header", "context_digest": "e" * 32, "measured": {"recomputed_share": 0.0}}
     write_verdict(dataclasses.replace(ACCEPTED, status="refused", settings={}, **free), config.store_path)
-    assert preferred_context(config, "abc") == "long"
-    assert preferred_context(config.replace(ingest_context="bos"), "abc") == "bos"
+    assert preferred_context(config, "abc") == "bos"
+    assert preferred_context(config.replace(ingest_context="none"), "abc") == "none"
     assert len(read_verdicts(config.store_path, "abc")) == 3
 
 

@@ -52,9 +52,21 @@ def _cases():
 @pytest.fixture(scope="module", params=_cases())
 def rig(request, rigs):
     family, compiled = request.param
+    if family == "deepseek-v2" and on_amx():
+        pytest.skip("vLLM's latent attention on a CPU with AMX takes no float32")
     if (family, compiled) == ("llama", False):
         return rigs.get(family, blocks=24, local_device="disk")
-    return rigs.get(family, compiled=compiled)
+    rig = rigs.get(family, compiled=compiled)
+    if "takes one window for that of all" in (rig.info.refusal or ""):
+        pytest.skip(rig.info.refusal)
+    return rig
+
+
+def on_amx():
+    """Whether vLLM computes with AMX here, as its platform finds out (vllm/platforms/cpu.py)."""
+    import torch
+
+    return torch.cpu._is_amx_tile_supported()
 
 
 def some_prompt(rig, total=300, **changes):

@@ -83,13 +83,14 @@ def layer(kind=Attention, cache=(4, 2, 16, 64), **attributes):
     return made
 
 
-def runner(*layers, spec=None, groups=None, supports_mm_inputs=False, **model):
+def runner(*layers, spec=None, groups=None, supports_mm_inputs=False, builder=None, **model):
     modules = {f"model.layers.{number}.attn": each for number, each in enumerate(layers)}
     group = SimpleNamespace(kv_cache_spec=spec or full(), layer_names=list(reversed(modules)))
     return SimpleNamespace(
         get_model=lambda: SimpleNamespace(**model),
         supports_mm_inputs=supports_mm_inputs,
         kv_cache_config=SimpleNamespace(kv_cache_groups=[group] if groups is None else groups),
+        attn_groups=[[SimpleNamespace(layer_names=list(modules), metadata_builders=[builder or SimpleNamespace()])]],
         vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=modules)),
     )
 
@@ -144,6 +145,15 @@ class Special(Attention):
 def test_layers_that_are_refused(made, why):
     with pytest.raises(Refused, match=why):
         survey_layers(made())
+
+
+def test_one_window_for_layers_of_several_is_refused():
+    windowed, all_seeing = layer(), layer()
+    windowed.impl.sliding_window, all_seeing.impl.sliding_window = 256, -1
+    with pytest.raises(Refused, match="takes one window for that of all layers"):
+        survey_layers(runner(windowed, all_seeing, builder=SimpleNamespace(window_size=256)))
+    mended = SimpleNamespace(window_size=256, _group_sliding_window=lambda: -1)
+    assert len(survey_layers(runner(windowed, all_seeing, builder=mended))) == 2
 
 
 def test_deepstack_for_text_alone_is_served():
