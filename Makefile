@@ -38,13 +38,14 @@ test: $(READY)
 	  echo "== vLLM $(VLLM): $$suite"; $(BIN)/python -m pytest -q $(MARKS) $$suite || failed="$$failed $$suite"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
+BRIEFLY := --tb=line --show-capture=no
 # Every suite runs, whatever failed before it: an hour's run is to tell all it can. The last result stays in the repository.
 test-all: $(READY)
 	@mkdir -p docs/results
 	@bash -o pipefail -c '{ \
 	  echo "# make test-all"; date -u +%Y-%m-%d; failed=0; \
-	  $(MAKE) --no-print-directory test MARKS="-m \"full or not full\"" || failed=1; \
-	  $(MAKE) --no-print-directory test VENV=.venv-$(OLDEST) VLLM=$(OLDEST) || failed=1; \
+	  $(MAKE) --no-print-directory test MARKS="$(BRIEFLY) -m \"full or not full\"" || failed=1; \
+	  $(MAKE) --no-print-directory test MARKS="$(BRIEFLY)" VENV=.venv-$(OLDEST) VLLM=$(OLDEST) || failed=1; \
 	  exit $$failed; \
 	} 2>&1 | tee docs/results/test-all.txt'
 

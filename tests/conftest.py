@@ -522,7 +522,7 @@ class _Rigs:
             **ARGUMENTS.get(family, {}),
             **(engine or {}),
         }
-        if "speculative_config" not in arguments:  # vLLM takes no logits processor beside it
+        if not {"speculative_config", "runner"} & arguments.keys():  # vLLM takes no logits processor beside these
             arguments |= engine_arguments()
         llm = LLM(self.model(family), config=BlendConfig(**config), **arguments)
         rig = Rig(llm, family)
@@ -534,6 +534,15 @@ class _Rigs:
             with contextlib.suppress(Exception):
                 self._started[1].llm.close()
         self._started = None
+
+
+@pytest.fixture(scope="session")
+def amx() -> bool:
+    """Whether vLLM computes with AMX here, as its platform finds out (vllm/platforms/cpu.py); some of it takes no
+    float32 then."""
+    import torch
+
+    return torch.cpu._is_amx_tile_supported()
 
 
 @pytest.fixture(scope="session")

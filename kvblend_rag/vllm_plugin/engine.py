@@ -18,7 +18,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.conversation.sampling import Sampling
@@ -30,7 +30,7 @@ from kvblend_rag.output import CompletionOutput, RequestMetrics, RequestOutput
 from kvblend_rag.report import BlendReport
 from kvblend_rag.vllm_plugin import compat
 from kvblend_rag.vllm_plugin.chat_parsers import ParsedTurn, form
-from kvblend_rag.vllm_plugin.launch import connector_arguments, start
+from kvblend_rag.vllm_plugin.launch import connector_arguments, root_cause, start
 from kvblend_rag.vllm_plugin.request import PARAMETER
 from kvblend_rag.vllm_plugin.sampling import sampling_params
 
@@ -237,6 +237,10 @@ class VLLMEngine(Engine):
             raise EngineUnavailable("vLLM's engine has died; its log tells why. Make a new one.") from error
         except (ValueError, VLLMValidationError) as error:
             raise _explained(error, self.info) from error
+        except EngineGenerateError as error:
+            if isinstance(error.__cause__, ValueError):  # until 0.32 vLLM tells so of a grammar that it can't make
+                raise _explained(error.__cause__, self.info) from error
+            raise EngineUnavailable(f"vLLM failed on the request: {root_cause(error)}") from error
 
 
 async def _describe(llm: AsyncLLM) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from packaging.version import Version
 
 pytest.importorskip("vllm")
 
@@ -11,6 +12,7 @@ from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import ConfigError
 from kvblend_rag.kvblend import KVBlend
 from kvblend_rag.testing import FakeEngine, WordTokenizer
+from kvblend_rag.vllm_plugin import compat
 
 HI = [{"role": "user", "content": "Hi."}]
 SCHEMA = {"type": "object", "properties": {"q": {"type": "string"}, "k": {"type": "integer"}}, "required": ["q"]}
@@ -64,7 +66,8 @@ def test_native_calls(parser):
     assert (call.name, json.loads(call.arguments)) == ("search", {"q": "dragons", "k": 2})
     text, _, calls = streamed(talker.stream_sync(HI, tools=TOOLS))
     assert calls == [("search", {"q": "dragons", "k": 2})]
-    assert text.strip() == ""
+    if parser != "granite" or Version(compat.version()) >= Version("0.32"):  # before, vLLM let its mark through
+        assert text.strip() == ""
 
 
 @pytest.mark.parametrize("parser", NATIVE)
