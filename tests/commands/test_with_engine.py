@@ -245,17 +245,17 @@ def test_eval_of_what_can_not_be_asked(kvblend, shared_engine, questions, tmp_pa
 def test_calibrate(kvblend, shared_engine, tmp_path):
     file, store = tmp_path / "calibrate.json", Path(shared_engine.kvblend.config.store_path)
     ran = kvblend(
-        *("calibrate", "--count", 3, "--contexts", "document", "--json", file),
+        *("calibrate", "--count", 3, "--contexts", "long", "--json", file),
         *("--arms", "reuse", "question:0.2", "question:0.5:coverage=0.5"),
     )
     assert "3 questions" in ran.stdout
     result = json.loads(file.read_text())
-    found = result["contexts"]["document"]
+    found = result["contexts"]["long"]
     cells = found["measurement"]["cells"]
     assert [each["settings"]["selector"] for each in cells] == ["none", "question", "question"]
     assert max(found["measurement"]["exact_kl"]) < 1e-5 < min(found["measurement"]["blind_kl"])
     assert found["measurement"]["deviation"]["error"] < 1e-3
-    (verdict,) = store.glob("verdicts/*/document-*.json")
+    (verdict,) = store.glob("verdicts/*/long-*.json")
     assert json.loads(verdict.read_text()) == found["verdict"]
     assert verdict.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     accepted = found["verdict"]["status"] == "accepted"
