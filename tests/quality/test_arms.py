@@ -45,6 +45,6 @@ def test_plain_comes_first_and_everything_once():
 
 
 def test_one_engine_a_context():
-    arms = parse_arms(["reuse@header", "reuse", "first:0.1@document"], CONFIG)
+    arms = parse_arms(["reuse@header", "reuse", "first:0.1@long"], CONFIG)
     groups = {context: [arm.name for arm in several] for context, several in by_context(arms, CONFIG).items()}
-    assert groups == {"document": ["plain", "reuse", "first:0.1@document"], "header": ["reuse@header"]}
+    assert groups == {"long": ["plain", "reuse", "first:0.1@long"], "header": ["reuse@header"]}
