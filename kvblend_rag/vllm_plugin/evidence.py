@@ -22,11 +22,7 @@ _DEVIATION_LAYER = 1
 
 
 def later_layers(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
-    """The last two thirds of those that see all, whose attention tells best what a question needs.
-
-    Of the middle third, all layers, every third one and these, these kept the next-token distribution nearest to full
-    prefill's (docs/quality.md).
-    """
+    """The last two thirds of those that see all, whose attention tells best what a question needs (docs/quality.md)."""
     far_sighted = [layer for layer in layers if layer.sees_all] or list(layers)
     return far_sighted[len(far_sighted) // 3 :]
 
