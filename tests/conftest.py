@@ -507,8 +507,8 @@ class _Rigs:
             "store_path": str(self._folder / "stores" / str(hash(known))),
             "planner": False,
             "ingest_context": "document",
+            **settings,
         }
-        config |= settings
         arguments = {
             "dtype": dtype,
             "enforce_eager": not compiled,
