@@ -23,6 +23,8 @@ import pytest
 LAYERS, HIDDEN, VOCABULARY = 4, 128, 49_152
 POSITIONS = 4096
 BLOCK = 128  # vLLM's block size on a CPU
+# What stands for an image in a prompt: an id, and its name in SmolLM2's tokenizer.
+IMAGE_TOKEN = 5, "<file_sep>"
 
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -193,7 +195,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                 "num_hidden_layers": 1,
                 "num_attention_heads": 2,
             },
-            "image_token_id": VOCABULARY - 3,
+            "image_token_id": IMAGE_TOKEN[0],
             "video_token_id": VOCABULARY - 4,
             "vision_start_token_id": VOCABULARY - 2,
             "vision_end_token_id": VOCABULARY - 1,
@@ -207,7 +209,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     # Short convolutions, whose state is no KV, and two layers of attention.
     "lfm2": (
         "Lfm2Config",
-        {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False, "conv_dim": HIDDEN},
+        {
+            "layer_types": ["conv", "full_attention"] * 2,
+            "block_auto_adjust_ff_dim": False,
+            "block_dim": HIDDEN,
+            "conv_dim": HIDDEN,
+        },
     ),
 }
 
@@ -329,7 +336,7 @@ def _name_image_token(folder: Path) -> None:
     """A processor asks the tokenizer for it."""
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text())
-    settings["extra_special_tokens"] = {"image_token": "<file_sep>"}
+    settings["extra_special_tokens"] = {"image_token": IMAGE_TOKEN[1]}
     file.write_text(json.dumps(settings))
 
 

@@ -48,6 +48,10 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     f"{_CONNECTOR}.build_connector_meta": ("scheduler_output",),
     f"{_CONNECTOR}.update_connector_output": ("connector_output",),
     f"{_CONNECTOR}.request_finished": ("request", "block_ids"),
+    "vllm.distributed.kv_transfer.kv_connector.v1.base:SupportsHMA.request_finished_all_groups": (
+        "request",
+        "block_ids",
+    ),
     f"{_CONNECTOR}.get_handshake_metadata": (),
     f"{_CONNECTOR}.set_xfer_handshake_metadata": ("metadata",),
     f"{_CONNECTOR}.start_load_kv": ("forward_context",),

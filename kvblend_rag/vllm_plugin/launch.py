@@ -23,6 +23,8 @@ from kvblend_rag.vllm_plugin.forced_tokens import PROCESSOR
 
 CONNECTOR = "KVBlendConnector"
 CONNECTOR_MODULE = "kvblend_rag.vllm_plugin.connector"
+HYBRID_CONNECTOR = "HybridConnector"
+HYBRID_CONNECTOR_MODULE = "kvblend_rag.vllm_plugin.hybrid_connector"
 WORKER_CLASS = "kvblend_rag.vllm_plugin.worker_cls.KVBlendWorker"
 
 # vLLM takes nine tenths of a CPU machine's memory unless told otherwise.
@@ -74,9 +76,19 @@ def start(model: str, config: BlendConfig, **options: Any) -> AsyncLLM:
     arguments = {"model": model, **platform_defaults(options), **options, **connector_arguments(config)}
     try:
         with _main_module_hidden():
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            made = AsyncEngineArgs(**arguments)
+            fit_connector(made)
+            return AsyncLLM.from_engine_args(made)
     except Exception as error:
         raise EngineUnavailable(f"vLLM did not start with {model}: {root_cause(error)}") from error
+
+
+def fit_connector(arguments: AsyncEngineArgs) -> None:
+    """Let a model with state-space layers have the connector that it can start with."""
+    transfer = arguments.kv_transfer_config
+    if transfer is not None and transfer.kv_connector == CONNECTOR and arguments.create_model_config().is_hybrid:
+        transfer.kv_connector = HYBRID_CONNECTOR
+        transfer.kv_connector_module_path = HYBRID_CONNECTOR_MODULE
 
 
 def platform_defaults(options: dict[str, Any]) -> dict[str, Any]:
@@ -145,9 +157,12 @@ def root_cause(error: BaseException) -> str:
 __all__ = [
     "CONNECTOR",
     "CONNECTOR_MODULE",
+    "HYBRID_CONNECTOR",
+    "HYBRID_CONNECTOR_MODULE",
     "WORKER_CLASS",
     "check_model",
     "connector_arguments",
+    "fit_connector",
     "platform_defaults",
     "root_cause",
     "start",

@@ -18,6 +18,7 @@ from kvblend_rag.vllm_plugin import compat
 from kvblend_rag.vllm_plugin.launch import (
     WORKER_CLASS,
     check_model,
+    fit_connector,
     platform_defaults,
     root_cause,
     transfer_settings,
@@ -96,6 +97,7 @@ def allowed_plugins(given: str | None) -> str:
 
 
 def _run() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -107,6 +109,9 @@ def _run() -> None:
     arguments = parser.parse_args()
     compat.configure_logging(arguments)
     command.validate(arguments)
+    if arguments.model_tag is not None:  # as the command itself does, later
+        arguments.model = arguments.model_tag
+    fit_connector(AsyncEngineArgs.from_cli_args(arguments))
     command.cmd(arguments)
 
 
