@@ -27,7 +27,11 @@ def test_a_data_set_is_stored_by_a_vllm_engine_and_blended_by_another(rigs, tmp_
     file.write_text("\n".join([*map(json.dumps, rows), '{"id": "short", "text": "Too short."}']))
     arguments = {"enforce_eager": True, "dtype": "float32", "max_model_len": 1536, "kv_cache_memory_bytes": 1 << 28}
     config = tmp_path / "kv_blend.yaml"
-    config.write_text(yaml.safe_dump({"store_path": store, "engine_args": {**arguments, **engine_arguments()}}))
+    config.write_text(
+        yaml.safe_dump(
+            {"store_path": store, "ingest_context": "document", "engine_args": {**arguments, **engine_arguments()}}
+        )
+    )
     call = ["ingest", "--ray", str(file), "--model", str(rigs.model("llama")), "--config", str(config), "--batch", "4"]
     assert main(call) == 1  # one row failed
     assert left_over(mark) == []
