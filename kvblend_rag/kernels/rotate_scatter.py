@@ -1,24 +1,31 @@
-"""One pass over staged KV: read a token's keys and values, rotate the keys, write both into the paged cache.
+"""One pass over staged KV: read a token's keys and values, rotate the keys, write both into the paged caches.
 
-The bytes moved are the floor: each element is read once and written once.
+Several layers go in one launch. The bytes moved are the floor: each element is read once and written once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
+_ALIGNMENT = 16
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["first", "passed"])
 def _kernel(
     staged,
     keys_at,
     values_at,
+    steps,
     slots,
     cos,
     sin,
-    cache,
+    addresses,
+    first,
+    passed,
     block_stride,
     head_stride,
     token_stride,
@@ -31,6 +38,7 @@ def _kernel(
     DIM_PADDED: tl.constexpr,
 ):
     token = tl.program_id(0)
+    layer = tl.program_id(1)
     slot = tl.load(slots + token)
     if slot >= 0:
         head = tl.arange(0, HEADS_PADDED)[:, None]
@@ -46,7 +54,8 @@ def _kernel(
             partner = tl.where(dim < HALF, dim + HALF, dim - HALF)
             sign = tl.where(dim < HALF, -1.0, 1.0)
             frequency = dim % HALF if HALF > 0 else dim
-        source = staged + tl.load(keys_at + token)
+        behind = tl.load(steps + token) * (passed + layer)
+        source = staged + tl.load(keys_at + token) + behind
         key = tl.load(source + head * DIM + dim, mask=inside, other=0.0)
         if HALF > 0:
             other = tl.load(source + head * DIM + partner, mask=inside & rotated, other=0.0).to(tl.float32)
@@ -54,58 +63,87 @@ def _kernel(
             s = tl.load(sin + token * HALF + frequency, mask=rotated, other=0.0)
             turned = (key.to(tl.float32) * c + sign * other * s).to(key.dtype)
             key = tl.where(rotated, turned, key)
-        value = tl.load(staged + tl.load(values_at + token) + head * DIM + dim, mask=inside, other=0.0)
+        value = tl.load(staged + tl.load(values_at + token) + behind + head * DIM + dim, mask=inside, other=0.0)
+        # Said, since of an address out of memory the compiler can't know it, and would store piece by piece.
+        cache = tl.multiple_of(tl.load(addresses + first + layer), 16).to(staged.dtype)
         target = cache + (slot // block_size) * block_stride + (slot % block_size) * token_stride
         tl.store(target + head * head_stride + dim, key, mask=inside)
         tl.store(target + head * head_stride + DIM + dim, value, mask=inside)
+
+
+class PagedCaches:
+    """The paged caches of layers that are alike in shape and strides.
+
+    Args:
+        caches: by layer, each (blocks, kv_heads, block_size, 2 * head_dim), any strides but the last, keys in the
+            first half.
+    """
+
+    def __init__(self, caches: Sequence[torch.Tensor]) -> None:
+        self._caches = list(caches)  # what the addresses point to must not go
+        like = self._caches[0]
+        self.heads, self.block_size, self.dim = like.shape[1], like.shape[2], like.shape[3] // 2
+        self.strides = like.stride()[:3]
+        if any(cache.stride() != like.stride() or cache.dtype != like.dtype for cache in self._caches):
+            raise ValueError("the layers' caches are not alike")
+        addresses = [cache.data_ptr() for cache in self._caches]
+        if any(address % _ALIGNMENT for address in addresses):
+            raise ValueError(f"a layer's cache does not begin at a multiple of {_ALIGNMENT} bytes")
+        self.addresses = torch.tensor(addresses, device=like.device)
 
 
 def rotate_scatter(
     staged: torch.Tensor,
     keys_at: torch.Tensor,
     values_at: torch.Tensor,
+    steps: torch.Tensor,
     slots: torch.Tensor,
     turn: tuple[torch.Tensor, torch.Tensor] | None,
     interleaved: bool,
-    cache: torch.Tensor,
+    caches: PagedCaches,
+    layers: range,
+    placed_at: int,
 ) -> None:
-    """Write staged tokens into a layer's paged cache.
+    """Write staged tokens into the paged caches of some neighbouring layers.
 
     Args:
-        staged: any contiguous tensor of the cache's dtype; a token's keys are (kv_heads, head_dim) in it.
-        keys_at: (tokens,) int64, element offset of each token's keys.
+        staged: any contiguous tensor of the caches' dtype; a token's keys are (kv_heads, head_dim) in it.
+        keys_at: (tokens,) int64, element offset of each token's keys at layer ``placed_at``.
         values_at: (tokens,) int64, of its values.
+        steps: (tokens,) int64, elements from a token's keys at one layer to those at the next.
         slots: (tokens,) int64; a token at −1 is passed over.
         turn: cosines and sines from ``blend.rope.shift``, each (tokens, rotary_dim / 2) float32; None: as stored.
         interleaved: pairs are neighbours (GPT-J) rather than halves (NeoX).
-        cache: (blocks, kv_heads, block_size, 2 * head_dim), any strides but the last, keys in the first half.
+        caches: of all layers.
+        layers: which of them are written.
+        placed_at: the layer whose places ``keys_at`` and ``values_at`` hold, at most the first that is written.
     """
     tokens = len(slots)
-    if not tokens:
+    if not tokens or not layers:
         return
-    heads, block_size, dim = cache.shape[1], cache.shape[2], cache.shape[3] // 2
     half = 0 if turn is None else turn[0].shape[1]
     cos, sin = turn if turn is not None else (staged, staged)
-    _kernel[(tokens,)](
+    _kernel[(tokens, len(layers))](
         staged,
         keys_at,
         values_at,
+        steps,
         slots,
         cos,
         sin,
-        cache,
-        cache.stride(0),
-        cache.stride(1),
-        cache.stride(2),
-        block_size,
-        HEADS=heads,
-        DIM=dim,
+        caches.addresses,
+        layers.start,
+        layers.start - placed_at,
+        *caches.strides,
+        caches.block_size,
+        HEADS=caches.heads,
+        DIM=caches.dim,
         HALF=half,
         INTERLEAVED=interleaved,
-        HEADS_PADDED=triton.next_power_of_2(heads),
-        DIM_PADDED=triton.next_power_of_2(dim),
+        HEADS_PADDED=triton.next_power_of_2(caches.heads),
+        DIM_PADDED=triton.next_power_of_2(caches.dim),
         num_warps=4,
     )
 
 
-__all__ = ["rotate_scatter"]
+__all__ = ["PagedCaches", "rotate_scatter"]

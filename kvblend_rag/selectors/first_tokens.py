@@ -15,8 +15,13 @@ class FirstTokensSelector(Selector):
 
     def select(self, given: SelectionInput) -> torch.Tensor:
         """The first k spans of each run, k as large as the budget allows, the rest to the first runs."""
-        mask = torch.zeros_like(given.positions, dtype=torch.bool)
-        mask[(offsets_in_run(given.run) // given.span).argsort(stable=True)[: given.budget]] = True
+        # Counted, not sorted: of 32,000 tokens that is most of the time.
+        which = offsets_in_run(given.run) // given.span
+        upto = torch.bincount(which).cumsum(0)
+        whole = int(torch.searchsorted(upto, given.budget, right=True))
+        mask = which < whole
+        left = given.budget - int(mask.sum())
+        mask[(which == whole).nonzero().flatten()[:left]] = True
         return mask
 
 

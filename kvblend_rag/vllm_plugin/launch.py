@@ -14,6 +14,7 @@ import torch
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from kvblend_rag.config import BlendConfig
@@ -53,6 +54,9 @@ def transfer_settings(config: BlendConfig) -> dict[str, Any]:
 def start(model: str, config: BlendConfig, **options: Any) -> AsyncLLM:
     """A vLLM engine with the connector; call it inside the loop that the engine is to live in.
 
+    How many tokens a step computes, and how many requests run at once, is what ``vllm serve`` has by default: a bare
+    ``AsyncLLM`` has a quarter of it on a large GPU.
+
     Args:
         model: folder or hub name.
         config: of store and blending.
@@ -78,7 +82,7 @@ def start(model: str, config: BlendConfig, **options: Any) -> AsyncLLM:
         with _main_module_hidden():
             made = AsyncEngineArgs(**arguments)
             fit_connector(made)
-            return AsyncLLM.from_engine_args(made)
+            return AsyncLLM.from_engine_args(made, usage_context=UsageContext.OPENAI_API_SERVER)
     except Exception as error:
         raise EngineUnavailable(f"vLLM did not start with {model}: {root_cause(error)}") from error
 

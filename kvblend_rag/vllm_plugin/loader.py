@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 
 from kvblend_rag.blend.plan import BlendPlan
@@ -20,6 +21,11 @@ Chunks = dict[str, torch.Tensor]
 """By key: a chunk's KV, (layers, 2, tokens, kv_heads, head_dim) on the host or the model's device."""
 
 Turn = tuple[torch.Tensor, torch.Tensor]
+
+
+def turning(rotary: Rotary | None) -> tuple[int, bool] | None:
+    """The same for layers that rotate alike; None where nothing is rotated."""
+    return None if rotary is None else (rotary.table.data_ptr(), rotary.interleaved)
 
 
 class Turns:
@@ -35,18 +41,18 @@ class Turns:
     """
 
     def __init__(self, plan: BlendPlan, context_tokens: int, upload: Upload) -> None:
-        runs = plan.runs
-        self._new = upload(torch.cat([torch.arange(run.start, run.stop) for run in runs]))
-        stored = torch.cat([torch.arange(run.chunk_start, run.chunk_start + run.length) for run in runs])
-        self._stored = upload(stored + context_tokens)
+        positions, which = plan.reused_positions()
+        back = np.array([run.chunk_start - run.start for run in plan.runs], dtype=np.int64)
+        self._new = upload(torch.from_numpy(positions))
+        self._stored = upload(torch.from_numpy(positions + back[which] + context_tokens))
         self._known: dict[tuple[int, bool], Turn] = {}
         self.seconds = 0.0
 
     def of(self, rotary: Rotary | None) -> Turn | None:
         """Cosines and sines, each (tokens, rotary_dim / 2) float32; None where nothing is rotated."""
-        if rotary is None:
+        which = turning(rotary)
+        if rotary is None or which is None:
             return None
-        which = (rotary.table.data_ptr(), rotary.interleaved)
         if which not in self._known:
             self._known[which] = shift(rotary, self._stored, self._new)
         return self._known[which]
@@ -120,4 +126,4 @@ class DirectLoader(Loader):
         """Nothing is under way."""
 
 
-__all__ = ["Chunks", "DirectLoader", "Loader", "Turns", "rotated"]
+__all__ = ["Chunks", "DirectLoader", "Loader", "Turns", "rotated", "turning"]

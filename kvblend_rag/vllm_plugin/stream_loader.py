@@ -12,18 +12,22 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from vllm import _custom_ops as ops
 
 from kvblend_rag.blend.plan import BlendPlan
-from kvblend_rag.kernels.rotate_scatter import rotate_scatter
-from kvblend_rag.vllm_plugin.loader import Chunks, Loader, Turn, Turns
+from kvblend_rag.kernels.rotate_scatter import PagedCaches, rotate_scatter
+from kvblend_rag.vllm_plugin.loader import Chunks, Loader, Turn, Turns, turning
 from kvblend_rag.vllm_plugin.paged_kv import PagedKV
 
 _SLOT_BYTES = 128 << 20
 """Staged at a time: a layer of 32,000 tokens of an 8B model."""
 
 _SLOTS = 3
+
+_TOGETHER = 8
+"""Layers that are scattered at once, at most: of a short prompt a launch a layer would take longer than the copies."""
 
 _AHEAD = 4
 """Layers that are sent off beyond the one waited for; the ring holds back those it has no room for."""
@@ -38,9 +42,24 @@ class _Batch:
     steps: torch.Tensor
     """(chunks,) int64: bytes from one layer to the next, which is also what is copied."""
     offsets: torch.Tensor
-    """(chunks,) int64: where in a staging slot each goes, in bytes."""
+    """(chunks,) int64: where each goes, in bytes from where its layer begins in a staging slot."""
+    nbytes: int
+    """Of one layer of all of them."""
     tokens: slice
     """Its part of the reused tokens."""
+
+
+@dataclass(frozen=True)
+class _Shipment:
+    """What one scatter brings: some layers of a batch's chunks, which fill a staging slot."""
+
+    layers: range
+    batch: _Batch | None
+    """None where all chunks lie on the device."""
+    opens: bool
+    """It is the first that brings anything of these layers; what lies on the device goes with it."""
+    closes: bool
+    """It is the last."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +68,24 @@ class _Resident:
 
     base: torch.Tensor
     """One of the chunks: the offsets of all are counted from its first element."""
-    steps: torch.Tensor
-    """(reused tokens,) int64: elements from one layer of the token's chunk to the next."""
     tokens: torch.Tensor
     """(reused tokens,) bool, on the host."""
 
 
 @dataclass
 class _Load:
-    """A request on its way: a layer after the other, and in each a batch after the other."""
+    """A request on its way, a shipment after the other."""
 
-    batches: list[_Batch]
+    shipments: list[_Shipment]
     held: list[torch.Tensor]
     """Chunks that must not go before they are copied or scattered."""
     resident: _Resident | None
     first_slot: int
-    """Staging slot of the first batch of the first layer; the others follow in turn."""
+    """Staging slot of the first shipment; the others follow in turn."""
     keys_at: torch.Tensor = field(init=False)
     values_at: torch.Tensor = field(init=False)
+    steps: torch.Tensor = field(init=False)
+    """(reused tokens,) int64: elements from one layer of a token to the next."""
     copied: list[torch.cuda.Event] = field(default_factory=list)
     """Recorded behind each copy that was sent off."""
     slots: torch.Tensor | None = None
@@ -78,10 +97,15 @@ class _Load:
 
 
 class StreamLoader(Loader):
-    """See the module; works where a block's keys and values lie side by side for each token."""
+    """See the module; works where a block's keys and values lie side by side for each token.
+
+    Raises:
+        ValueError: the layers' caches are not alike.
+    """
 
     def __init__(self, paged: PagedKV) -> None:
         self._paged = paged
+        self._caches = PagedCaches([layer.cache for layer in paged.layers])
         self._index = {layer.name: index for index, layer in enumerate(paged.layers)}
         self._copies = torch.cuda.Stream()
         # A scatter is short, and what waits for it is long.
@@ -98,11 +122,12 @@ class StreamLoader(Loader):
         self._let_go()
         # Chunks that didn't come from the memory tier are pageable: no asynchronous copy reads them.
         ready = {key: kv if kv.is_cuda or kv.is_pinned() else kv.pin_memory() for key, kv in chunks.items()}
-        batches, resident, keys_at, values_at = self._layout(plan, ready)
-        load = _Load(batches, list(ready.values()), resident, self._next_slot)
-        self._next_slot = (self._next_slot + len(batches) * len(self._paged.layers)) % _SLOTS
+        batches, resident, tables = self._layout(plan, ready)
+        load = _Load(self._shipments(batches), list(ready.values()), resident, self._next_slot)
+        if batches:
+            self._next_slot = (self._next_slot + len(load.shipments)) % _SLOTS
         self._copy_ahead(load)
-        load.keys_at, load.values_at = self._paged.upload(keys_at), self._paged.upload(values_at)
+        load.keys_at, load.values_at, load.steps = self._paged.upload(tables)
         self._load = load
         self._in_flight.append(load)
 
@@ -131,124 +156,148 @@ class StreamLoader(Loader):
         self.wait(self._paged.layers[-1].name)
         self._load = None
 
+    def _shipments(self, batches: list[_Batch]) -> list[_Shipment]:
+        """What is sent off, in this order.
+
+        The first layer goes alone, since the computation waits for it; then as many at once as a staging slot holds.
+        """
+        parts: list[_Batch | None] = [*batches] or [None]
+        room = _TOGETHER if len(parts) == 1 else 1
+        if batches:
+            room = max(1, min(room, self._ring[0].nbytes // batches[0].nbytes))
+        turns = [turning(layer.rotary) for layer in self._paged.layers]
+        shipments: list[_Shipment] = []
+        first = 0
+        while first < len(turns):
+            most = min(len(turns), first + (room if first else 1))
+            # One launch knows one rotation.
+            stop = next((index for index in range(first, most) if turns[index] != turns[first]), most)
+            shipments += [
+                _Shipment(range(first, stop), part, opens=part is parts[0], closes=part is parts[-1]) for part in parts
+            ]
+            first = stop
+        return shipments
+
     def _copy_ahead(self, load: _Load) -> None:
         """Send off the copies that the staging ring has room for."""
-        total = len(load.batches) * len(self._paged.layers)
-        while len(load.copied) < min(load.scattered + _SLOTS, total):
-            index, which = divmod(len(load.copied), len(load.batches))
-            batch, slot = load.batches[which], (load.first_slot + len(load.copied)) % _SLOTS
+        while len(load.copied) < min(load.scattered + _SLOTS, len(load.shipments)):
+            shipment = load.shipments[len(load.copied)]
+            batch, slot = shipment.batch, (load.first_slot + len(load.copied)) % _SLOTS
+            if batch is None:
+                return
+            layers = torch.arange(len(shipment.layers))[:, None]
             copied = torch.cuda.Event()
             with torch.cuda.stream(self._copies):
                 self._copies.wait_event(self._free[slot])
                 ops.swap_blocks_batch(
-                    batch.sources + index * batch.steps,
-                    batch.offsets + self._ring[slot].data_ptr(),
-                    batch.steps,
+                    (batch.sources + (shipment.layers.start + layers) * batch.steps).flatten(),
+                    (batch.offsets + layers * batch.nbytes + self._ring[slot].data_ptr()).flatten(),
+                    batch.steps.repeat(len(layers)),
                     is_src_access_order_any=True,
                 )
                 copied.record()
             load.copied.append(copied)
 
     def _send(self, load: _Load, layers: int) -> None:
-        """Have the first so many layers of the request on their way."""
-        for index in range(len(load.ready), min(layers, len(self._paged.layers))):
-            if load.resident is not None:
-                self._scatter_resident(load, index, load.resident)
-            for batch in load.batches:
+        """Have at least the first so many layers of the request on their way."""
+        while len(load.ready) < min(layers, len(self._paged.layers)):
+            shipment = load.shipments[load.scattered]
+            if load.resident is not None and shipment.opens:
+                self._scatter(load, shipment.layers, 0, load.resident.base, load.resident_slots, slice(None))
+            if shipment.batch is not None:
                 self._copy_ahead(load)
-                self._scatter(load, index, batch)
-            ready = torch.cuda.Event()
-            ready.record(self._scatters)
-            load.ready.append(ready)
+                slot = (load.first_slot + load.scattered) % _SLOTS
+                self._scatters.wait_event(load.copied[load.scattered])
+                first = shipment.layers.start
+                self._scatter(load, shipment.layers, first, self._ring[slot], load.slots, shipment.batch.tokens)
+                self._free[slot].record(self._scatters)
+            load.scattered += 1
+            if shipment.closes:
+                ready = torch.cuda.Event()
+                ready.record(self._scatters)
+                load.ready += [ready] * len(shipment.layers)
         self._copy_ahead(load)
 
-    def _scatter(self, load: _Load, index: int, batch: _Batch) -> None:
-        assert load.slots is not None
-        layer, turn, part = self._paged.layers[index], load.turns[index], batch.tokens
-        slot = (load.first_slot + load.scattered) % _SLOTS
+    def _scatter(
+        self,
+        load: _Load,
+        layers: range,
+        placed_at: int,
+        source: torch.Tensor,
+        slots: torch.Tensor | None,
+        part: slice,
+    ) -> None:
+        assert slots is not None
+        turn, rotary = load.turns[layers.start], self._paged.layers[layers.start].rotary
         with torch.cuda.stream(self._scatters):
-            self._scatters.wait_event(load.copied[load.scattered])
             rotate_scatter(
-                self._ring[slot],
+                source,
                 load.keys_at[part],
                 load.values_at[part],
-                load.slots[part],
+                load.steps[part],
+                slots[part],
                 None if turn is None else (turn[0][part], turn[1][part]),
-                layer.rotary is not None and layer.rotary.interleaved,
-                layer.cache,
-            )
-            self._free[slot].record()
-        load.scattered += 1
-
-    def _scatter_resident(self, load: _Load, index: int, resident: _Resident) -> None:
-        assert load.resident_slots is not None
-        layer = self._paged.layers[index]
-        with torch.cuda.stream(self._scatters):
-            rotate_scatter(
-                resident.base,
-                load.keys_at + index * resident.steps,
-                load.values_at + index * resident.steps,
-                load.resident_slots,
-                load.turns[index],
-                layer.rotary is not None and layer.rotary.interleaved,
-                layer.cache,
+                rotary is not None and rotary.interleaved,
+                self._caches,
+                layers,
+                placed_at,
             )
 
-    def _layout(
-        self, plan: BlendPlan, chunks: Chunks
-    ) -> tuple[list[_Batch], _Resident | None, torch.Tensor, torch.Tensor]:
-        """Batches, what needs none, and where each reused token's keys and values are.
+    def _layout(self, plan: BlendPlan, chunks: Chunks) -> tuple[list[_Batch], _Resident | None, torch.Tensor]:
+        """Batches, what needs none, and (3, reused tokens) int64: where each token's keys and values are, and how far
+        it is to those of the next layer.
 
-        Places are element offsets: in a staging slot, or of the first layer from ``_Resident.base``.
+        All in elements: from where a layer begins in a staging slot, or from ``_Resident.base``.
         """
         itemsize, row = self._paged.dtype.itemsize, self._paged.heads * self._paged.head_dim
-        room = self._ring[0].numel()
-        batches: list[_Batch] = []
-        keys_at, values_at, steps = [], [], []
+        room, runs = self._ring[0].numel(), plan.runs
+        lengths = np.array([run.length for run in runs], dtype=np.int64)
+        begins = lengths.cumsum() - lengths
+        origins, steps = np.zeros((2, len(runs)), dtype=np.int64)
+        near = np.array([chunks[run.key].is_cuda for run in runs])
         base = next((kv for kv in chunks.values() if kv.is_cuda), None)
+        batches: list[_Batch] = []
         staged: dict[str, int] = {}
-        used = first = token = largest = 0
+        used = first = largest = 0
 
-        def close() -> None:
-            if not staged:
-                return
+        def close(stop: int) -> None:
             kvs = [chunks[key] for key in staged]
             batches.append(
                 _Batch(
                     torch.tensor([kv.data_ptr() for kv in kvs]),
                     torch.tensor([kv[0].nbytes for kv in kvs]),
                     torch.tensor([start * itemsize for start in staged.values()]),
-                    slice(first, token),
+                    used * itemsize,
+                    slice(int(begins[first]), int(begins[stop - 1] + lengths[stop - 1])),
                 )
             )
+            steps[first:stop][~near[first:stop]] = used
 
-        for run in plan.runs:
+        for index, run in enumerate(runs):
             chunk = chunks[run.key]
-            tokens = chunk.shape[2]
-            size = 2 * tokens * row
+            size = chunk[0].numel()
             if chunk.is_cuda:
                 assert base is not None
-                origin, step = (chunk.data_ptr() - base.data_ptr()) // itemsize, size
-            else:
-                if run.key not in staged and staged and used + size > room:
-                    close()
-                    staged, used, first = {}, 0, token
-                if run.key not in staged:
-                    staged[run.key] = used
-                    used += size
-                    largest = max(largest, used)
-                origin, step = staged[run.key], 0
-            start = origin + row * torch.arange(run.chunk_start, run.chunk_start + run.length)
-            steps.append(torch.full((run.length,), step))
-            keys_at.append(start)
-            values_at.append(start + row * tokens)
-            token += run.length
-        close()
+                origins[index], steps[index] = (chunk.data_ptr() - base.data_ptr()) // itemsize, size
+                continue
+            if run.key not in staged:
+                if staged and used + size > room:
+                    close(index)
+                    staged, used, first = {}, 0, index
+                staged[run.key] = used
+                used += size
+                largest = max(largest, used)
+            origins[index] = staged[run.key]
+        if staged:
+            close(len(runs))
         if largest > room:
             self._grow(largest)
-        step_of = torch.cat(steps)
-        resident = None if base is None else _Resident(base, self._paged.upload(step_of), step_of > 0)
-        return batches, resident, torch.cat(keys_at), torch.cat(values_at)
+        starts = np.array([run.chunk_start for run in runs], dtype=np.int64)
+        keys_at = np.repeat(origins + row * (starts - begins), lengths) + row * np.arange(plan.reused_tokens)
+        to_values = np.array([row * chunks[run.key].shape[2] for run in runs], dtype=np.int64)
+        tables = np.stack([keys_at, keys_at + np.repeat(to_values, lengths), np.repeat(steps, lengths)])
+        resident = None if base is None else _Resident(base, torch.from_numpy(np.repeat(near, lengths)))
+        return batches, resident, torch.from_numpy(tables)
 
     def _grow(self, elements: int) -> None:
         """A single chunk's layer is larger than a staging slot: make all slots as large."""
