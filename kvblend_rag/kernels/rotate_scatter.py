@@ -5,13 +5,11 @@ Several layers go in one launch. The bytes moved are the floor: each element is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 
-_ALIGNMENT = 16
+from kvblend_rag.kernels.paged_caches import PagedCaches
 
 
 @triton.jit(do_not_specialize=["first", "passed"])
@@ -71,27 +69,6 @@ def _kernel(
         tl.store(target + head * head_stride + DIM + dim, value, mask=inside)
 
 
-class PagedCaches:
-    """The paged caches of layers that are alike in shape and strides.
-
-    Args:
-        caches: by layer, each (blocks, kv_heads, block_size, 2 * head_dim), any strides but the last, keys in the
-            first half.
-    """
-
-    def __init__(self, caches: Sequence[torch.Tensor]) -> None:
-        self._caches = list(caches)  # what the addresses point to must not go
-        like = self._caches[0]
-        self.heads, self.block_size, self.dim = like.shape[1], like.shape[2], like.shape[3] // 2
-        self.strides = like.stride()[:3]
-        if any(cache.stride() != like.stride() or cache.dtype != like.dtype for cache in self._caches):
-            raise ValueError("the layers' caches are not alike")
-        addresses = [cache.data_ptr() for cache in self._caches]
-        if any(address % _ALIGNMENT for address in addresses):
-            raise ValueError(f"a layer's cache does not begin at a multiple of {_ALIGNMENT} bytes")
-        self.addresses = torch.tensor(addresses, device=like.device)
-
-
 def rotate_scatter(
     staged: torch.Tensor,
     keys_at: torch.Tensor,
@@ -146,4 +123,4 @@ def rotate_scatter(
     )
 
 
-__all__ = ["PagedCaches", "rotate_scatter"]
+__all__ = ["rotate_scatter"]

@@ -49,24 +49,61 @@ def question_attention(
     asked = paged.upload(torch.from_numpy(np.flatnonzero(positions >= plan.question_range[0])))
     query_positions = paged.upload(torch.from_numpy(positions.astype(np.int64)))[asked]
     reused = paged.upload(torch.from_numpy(plan.reused_positions()[0]))
-    masses = torch.zeros(2, plan.prompt_tokens, device=paged.device)
-    for layer in layers:
-        queries = layer.meeting_keys(torch.cat(taps.queries[layer.name])[asked])
-        masses += _layer_masses(queries, query_positions, layer, job, paged)
+    queries = [layer.meeting_keys(torch.cat(taps.queries[layer.name])) for layer in layers]
+    seen = torch.stack(queries)[:, asked]
+    masses = (_masses if paged.caches is None else _masses_by_kernel)(seen, query_positions, layers, job, paged)
     question_mass, last_mass = sum_over_ranks(masses[:, reused]) / len(layers)
     return {"question_mass": question_mass, "last_mass": last_mass}, len(positions)
 
 
-def _layer_masses(
-    queries: torch.Tensor, query_positions: torch.Tensor, layer: AttentionLayer, job: BlendJob, paged: PagedKV
+def _masses(
+    queries: torch.Tensor,
+    query_positions: torch.Tensor,
+    layers: Sequence[AttentionLayer],
+    job: BlendJob,
+    paged: PagedKV,
 ) -> torch.Tensor:
-    """(2, prompt tokens) float32, as ``_attention``, of the keys of one layer's cache."""
-    scale, keys = float(layer.module.impl.scale), job.plan.prompt_tokens
-    if paged.device.type == "cuda" and paged.token_rows:
-        from kvblend_rag.kernels.column_mass import column_mass
+    """(2, prompt tokens) float32: ``_attention``, summed over layers.
 
-        return column_mass(queries, query_positions, layer.cache, paged.table(job.block_ids, keys), keys, scale)
-    return _attention(queries, query_positions, paged.read_keys(layer, job.block_ids, keys), scale)
+    Args:
+        queries: (layers, queries, heads, query_dim), as they meet the layers' cached keys.
+        query_positions: (queries,) int64.
+        layers: whose attention it is.
+        job: the request.
+        paged: the cache.
+    """
+    keys = job.plan.prompt_tokens
+    masses = torch.zeros(2, keys, device=paged.device)
+    for asking, layer in zip(queries, layers, strict=True):
+        scale = float(layer.module.impl.scale)
+        masses += _attention(asking, query_positions, paged.read_keys(layer, job.block_ids, keys), scale)
+    return masses
+
+
+def _masses_by_kernel(
+    queries: torch.Tensor,
+    query_positions: torch.Tensor,
+    layers: Sequence[AttentionLayer],
+    job: BlendJob,
+    paged: PagedKV,
+) -> torch.Tensor:
+    """The same on a GPU, many layers at once: launching them one by one takes a short prompt longer than they do."""
+    from kvblend_rag.kernels.column_mass import column_mass  # needs Triton
+
+    assert paged.caches is not None
+    keys = job.plan.prompt_tokens
+    masses = torch.zeros(2, keys, device=paged.device)
+    table = paged.table(job.block_ids, keys)
+    scales = [float(layer.module.impl.scale) for layer in layers]
+    at_once = max(1, _WORKSPACE_ELEMENTS // (2 * paged.heads * keys))
+    first = 0
+    while first < len(layers):
+        most = min(first + at_once, len(layers))
+        stop = next((index for index in range(first, most) if scales[index] != scales[first]), most)
+        where = paged.upload(paged.caches.addresses_of(map(paged.layers.index, layers[first:stop])))
+        masses += column_mass(queries[first:stop], query_positions, paged.caches, where, table, keys, scales[first])
+        first = stop
+    return masses
 
 
 def _attention(queries: torch.Tensor, query_positions: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from kvblend_rag.blend.rope import Rotary
+from kvblend_rag.kernels.paged_caches import PagedCaches
 from kvblend_rag.vllm_plugin.upload import Upload
 
 BlockIds: TypeAlias = npt.NDArray[np.int32]
@@ -99,8 +100,16 @@ class PagedKV:
         self._keys, self._values = _Half(keys_at), _Half(values_at)
         row = torch.arange(self._rows, device=self.device)[:, None] * 2 * self.head_dim
         plain = row + torch.arange(self.head_dim, device=self.device)[None, :]
-        self.token_rows = torch.equal(keys_at, plain) and torch.equal(values_at, plain + self.head_dim)
-        """Whether a token's keys and values lie side by side in the cache's last dimension, as kernels want it."""
+        token_rows = torch.equal(keys_at, plain) and torch.equal(values_at, plain + self.head_dim)
+        self.caches = self._for_kernels() if token_rows and self.device.type == "cuda" else None
+        """For our kernels; None where they can't be used: a token's keys and values don't lie side by side in the
+        cache's last dimension, layers are laid out differently, or this is no GPU."""
+
+    def _for_kernels(self) -> PagedCaches | None:
+        try:
+            return PagedCaches([layer.cache for layer in self.layers])
+        except ValueError:
+            return None
 
     def chunk_shape(self, tokens: int) -> tuple[int, int, int, int, int]:
         """Of so many tokens' KV as it is stored: (layers, 2, tokens, kv_heads, head_dim)."""

@@ -17,7 +17,7 @@ import torch
 from vllm import _custom_ops as ops
 
 from kvblend_rag.blend.plan import BlendPlan
-from kvblend_rag.kernels.rotate_scatter import PagedCaches, rotate_scatter
+from kvblend_rag.kernels.rotate_scatter import rotate_scatter
 from kvblend_rag.vllm_plugin.loader import Chunks, Loader, Turn, Turns, turning
 from kvblend_rag.vllm_plugin.paged_kv import PagedKV
 
@@ -97,15 +97,11 @@ class _Load:
 
 
 class StreamLoader(Loader):
-    """See the module; works where a block's keys and values lie side by side for each token.
-
-    Raises:
-        ValueError: the layers' caches are not alike.
-    """
+    """See the module; works where kernels can read the paged cache (``PagedKV.caches``)."""
 
     def __init__(self, paged: PagedKV) -> None:
-        self._paged = paged
-        self._caches = PagedCaches([layer.cache for layer in paged.layers])
+        assert paged.caches is not None
+        self._paged, self._caches = paged, paged.caches
         self._index = {layer.name: index for index, layer in enumerate(paged.layers)}
         self._copies = torch.cuda.Stream()
         # A scatter is short, and what waits for it is long.

@@ -324,7 +324,7 @@ def _of_request(known: OrderedDict[str, T], request_id: str) -> T | None:
 
 def _fastest_loader(paged: PagedKV) -> Loader:
     """The fastest that this device and cache layout allow."""
-    if paged.device.type == "cuda" and paged.token_rows:
+    if paged.caches is not None:
         from kvblend_rag.vllm_plugin.stream_loader import StreamLoader  # needs Triton
 
         return StreamLoader(paged)

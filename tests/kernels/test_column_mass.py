@@ -12,22 +12,30 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 CHECK = """
 import torch
 from kvblend_rag.kernels.column_mass import column_mass
+from kvblend_rag.kernels.paged_caches import PagedCaches
 
 keys, heads, kv_heads, dim, block_size = {keys}, 4, 2, {dim}, 16
 generator = torch.Generator().manual_seed(0)
-blocks = -(-keys // block_size)
-cache = torch.full((blocks + 5, block_size, kv_heads, 2 * dim), float("nan")).transpose(1, 2)
+blocks, layers = -(-keys // block_size), 3
+caches = [torch.full((blocks + 5, block_size, kv_heads, 2 * dim), float("nan")).transpose(1, 2) for _ in range(layers)]
 table = torch.randperm(blocks + 5, generator=generator)[:blocks].to(torch.int32)
-stored = torch.randn(keys, kv_heads, dim, generator=generator)
-for position in range(keys):
-    cache[table[position // block_size].item(), :, position % block_size, :dim] = stored[position]
+stored = torch.randn(layers, keys, kv_heads, dim, generator=generator)
+for cache, tokens in zip(caches, stored, strict=True):
+    for position in range(keys):
+        cache[table[position // block_size].item(), :, position % block_size, :dim] = tokens[position]
 positions = torch.tensor([keys - 1, keys - 9, keys - 3])
-queries = torch.randn(3, heads, dim, generator=generator)
-found = column_mass(queries, positions, cache, table, keys, dim**-0.5)
-logits = torch.einsum("qhd,khd->hqk", queries, stored.repeat_interleave(heads // kv_heads, dim=1)) * dim**-0.5
+asked = [2, 0]
+queries = torch.randn(len(asked), 3, heads, dim, generator=generator)
+paged = PagedCaches(caches)
+found = column_mass(queries, positions, paged, paged.addresses_of(asked), table, keys, dim**-0.5)
+expected = torch.zeros(2, keys)
 hidden = torch.arange(keys)[None, :] > positions[:, None]
-mass = logits.masked_fill(hidden, -torch.inf).softmax(-1).mean(0)
-torch.testing.assert_close(found, torch.stack([mass.mean(0), mass[0]]), rtol=1e-4, atol=1e-6)
+for query, layer in zip(queries, asked, strict=True):
+    each = stored[layer].repeat_interleave(heads // kv_heads, dim=1)
+    logits = torch.einsum("qhd,khd->hqk", query, each) * dim**-0.5
+    mass = logits.masked_fill(hidden, -torch.inf).softmax(-1).mean(0)
+    expected += torch.stack([mass.mean(0), mass[0]])
+torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 """
 
 

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 CHECK = """
 import torch
 from kvblend_rag.blend.rope import Rotary, rotate, shift
-from kvblend_rag.kernels.rotate_scatter import PagedCaches, rotate_scatter
+from kvblend_rag.kernels.paged_caches import PagedCaches
+from kvblend_rag.kernels.rotate_scatter import rotate_scatter
 
 heads, dim, rotary_dim, interleaved, dtype = {heads}, {dim}, {rotary_dim}, {interleaved}, torch.{dtype}
 generator = torch.Generator().manual_seed(1)

@@ -20,7 +20,8 @@ import torch
 
 from kvblend_rag.blend.match import Match
 from kvblend_rag.blend.plan import BlendPlan
-from kvblend_rag.blend.rope import Rotary, rotate, shift
+from kvblend_rag.blend.rope import Rotary
+from kvblend_rag.kernels.paged_caches import PagedCaches
 from kvblend_rag.vllm_plugin import stream_loader
 from kvblend_rag.vllm_plugin.loader import Turns, rotated
 
@@ -57,6 +58,7 @@ paged = SimpleNamespace(
     ],
     dtype=torch.float32, device=torch.device("cpu"), heads=heads, head_dim=dim, upload=lambda tensor: tensor,
 )
+paged.caches = PagedCaches([layer.cache for layer in paged.layers])
 lengths = [30, 9, 50]
 chunks = {
     f"c{i}": torch.randn(layers, 2, length, heads, dim, generator=generator) for i, length in enumerate(lengths)
