@@ -31,10 +31,11 @@ def test_asked_for_it_is_blended_all_the_same(rig):
     assert answer.difference(rig.plain(prompt)) < TOLERANCE
 
 
-def test_everything_recomputed_is_never_worth_it(rig):
+def test_everything_recomputed_is_plain_whether_it_is_found_worth_it_or_not(rig):
+    """It may be: one forward of our own instead of three of vLLM's steps of 256 tokens."""
     prompt = rig.prompt(200, 60, 100, 150, total=700)
     (answer,) = rig.fresh([prompt], selector="everything")
-    assert not answer.report.blended
+    assert answer.report.blended or "ms" in answer.report.reason
     assert answer.difference(rig.plain(prompt)) < TOLERANCE
 
 

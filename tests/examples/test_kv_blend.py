@@ -42,7 +42,7 @@ def test_the_script_answers_from_blended_chunks(tmp_path):
         },
         check=False,
     )
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "19.45" in ran.stdout
     ttft = re.search(r"Time to first token: ([\d.]+) seconds", ran.stdout)
     assert ttft
