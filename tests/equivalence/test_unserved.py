@@ -1,8 +1,10 @@
 """Models that can't be blended run as plain vLLM and say why; nothing of theirs is ever stored."""
 
 import pytest
+from packaging.version import Version
 
 from kvblend_rag.errors import ConfigError
+from kvblend_rag.vllm_plugin import compat
 
 REFUSED = [
     pytest.param("mistral-sliding", "all its layers see 256 tokens only", id="mistral-sliding"),
@@ -17,13 +19,15 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("family", "why"), REFUSED)
-def test_a_refused_model_answers_plainly_and_says_why(rigs, family, why):
+def test_a_refused_model_answers_plainly_and_says_why(rigs, family, why, amx):
     rig = rigs.get("llama", engine={"runner": "pooling"}) if family == "embedding" else rigs.get(family)
     assert why in rig.info.refusal
     with pytest.raises(ConfigError, match="Chunks can't be precomputed for"):
         rig.llm.kvblend.ingest(["A text that is long enough to be a chunk of its own, if only it could be one."] * 2)
     if family in ("mamba", "embedding"):
         return  # vLLM starts the first on a CPU, and lacks the kernel to run it; the second answers nothing
+    if family == "mistral-sliding" and not amx and Version(compat.version()) < Version("0.32"):
+        return  # vLLM itself dies of it there: its blocks of 16 tokens are not those of its kernel
     answers = rig.ask([rig.tokens(300, 1), rig.tokens(40, 2)], selector="everything")
     for answer in answers:
         assert len(answer.token_ids) == 16
