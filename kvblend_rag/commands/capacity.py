@@ -72,7 +72,7 @@ class Tier:
 
 
 TERAFLOPS = 400.0
-"""What an H100 gets done in a prefill: 315 to 604 in ``docs/results/gpu-ttft-*.json``, by model and length."""
+"""What an H100 gets done in a prefill: 334 to 642 in ``docs/results/gpu-ttft-*.json``, by model and length."""
 
 TIERS = {"memory": Tier(3.0, 50.0), "disk": Tier(0.1, 5.0), "valkey": Tier(8.0, 2.5), "s3": Tier(0.023, 1.0)}
 """Round figures to begin with, neither quotes nor measurements: give your own."""
