@@ -25,7 +25,6 @@ class PagedCaches:
         like = self._caches[0]
         self.heads, self.block_size, self.dim = like.shape[1], like.shape[2], like.shape[3] // 2
         self.strides = like.stride()[:3]
-        self.dtype = like.dtype
         if any(cache.stride() != like.stride() or cache.dtype != like.dtype for cache in self._caches):
             raise ValueError("the layers' caches are not alike")
         if any(cache.data_ptr() % _ALIGNMENT for cache in self._caches):
@@ -38,4 +37,22 @@ class PagedCaches:
         return torch.tensor([self._caches[index].data_ptr() for index in layers])
 
 
-__all__ = ["PagedCaches"]
+def launches(kinds: Sequence[object], most: int, first: int | None = None) -> list[range]:
+    """Which layers go in one launch: neighbours of one kind, since a launch knows one rotation, or one scale.
+
+    Args:
+        kinds: of the layers, in their order.
+        most: layers in a launch.
+        first: layers in the first launch at most; None: ``most``.
+    """
+    found: list[range] = []
+    start = 0
+    while start < len(kinds):
+        end = min(len(kinds), start + (most if start or first is None else first))
+        stop = next((index for index in range(start, end) if kinds[index] != kinds[start]), end)
+        found.append(range(start, stop))
+        start = stop
+    return found
+
+
+__all__ = ["PagedCaches", "launches"]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from kvblend_rag.kernels.paged_caches import launches
 from kvblend_rag.selectors.base import Evidence
 from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
 from kvblend_rag.vllm_plugin.loader import Loader
@@ -51,7 +52,7 @@ def question_attention(
     reused = paged.upload(torch.from_numpy(plan.reused_positions()[0]))
     queries = [layer.meeting_keys(torch.cat(taps.queries[layer.name])) for layer in layers]
     seen = torch.stack(queries)[:, asked]
-    masses = (_masses if paged.caches is None else _masses_by_kernel)(seen, query_positions, layers, job, paged)
+    masses = _masses(seen, query_positions, layers, job, paged)
     question_mass, last_mass = sum_over_ranks(masses[:, reused]) / len(layers)
     return {"question_mass": question_mass, "last_mass": last_mass}, len(positions)
 
@@ -74,35 +75,19 @@ def _masses(
     """
     keys = job.plan.prompt_tokens
     masses = torch.zeros(2, keys, device=paged.device)
-    for asking, layer in zip(queries, layers, strict=True):
-        scale = float(layer.module.impl.scale)
-        masses += _attention(asking, query_positions, paged.read_keys(layer, job.block_ids, keys), scale)
-    return masses
-
-
-def _masses_by_kernel(
-    queries: torch.Tensor,
-    query_positions: torch.Tensor,
-    layers: Sequence[AttentionLayer],
-    job: BlendJob,
-    paged: PagedKV,
-) -> torch.Tensor:
-    """The same on a GPU, many layers at once: launching them one by one takes a short prompt longer than they do."""
+    scales = [float(layer.module.impl.scale) for layer in layers]
+    if paged.caches is None:
+        for asking, layer, scale in zip(queries, layers, scales, strict=True):
+            masses += _attention(asking, query_positions, paged.read_keys(layer, job.block_ids, keys), scale)
+        return masses
     from kvblend_rag.kernels.column_mass import column_mass  # needs Triton
 
-    assert paged.caches is not None
-    keys = job.plan.prompt_tokens
-    masses = torch.zeros(2, keys, device=paged.device)
     table = paged.table(job.block_ids, keys)
-    scales = [float(layer.module.impl.scale) for layer in layers]
-    at_once = max(1, _WORKSPACE_ELEMENTS // (2 * paged.heads * keys))
-    first = 0
-    while first < len(layers):
-        most = min(first + at_once, len(layers))
-        stop = next((index for index in range(first, most) if scales[index] != scales[first]), most)
-        where = paged.upload(paged.caches.addresses_of(map(paged.layers.index, layers[first:stop])))
-        masses += column_mass(queries[first:stop], query_positions, paged.caches, where, table, keys, scales[first])
-        first = stop
+    # Many layers at once: launching them one by one takes a short prompt longer than they do.
+    for part in launches(scales, max(1, _WORKSPACE_ELEMENTS // (2 * paged.heads * keys))):
+        asking = queries[part.start : part.stop]
+        where = paged.upload(paged.caches.addresses_of(paged.layers.index(layers[index]) for index in part))
+        masses += column_mass(asking, query_positions, paged.caches, where, table, keys, scales[part.start])
     return masses
 
 

@@ -17,6 +17,7 @@ import torch
 from vllm import _custom_ops as ops
 
 from kvblend_rag.blend.plan import BlendPlan
+from kvblend_rag.kernels.paged_caches import launches
 from kvblend_rag.kernels.rotate_scatter import rotate_scatter
 from kvblend_rag.vllm_plugin.loader import Chunks, Loader, Turn, Turns, turning
 from kvblend_rag.vllm_plugin.paged_kv import PagedKV
@@ -162,17 +163,11 @@ class StreamLoader(Loader):
         if batches:
             room = max(1, min(room, self._ring[0].nbytes // batches[0].nbytes))
         turns = [turning(layer.rotary) for layer in self._paged.layers]
-        shipments: list[_Shipment] = []
-        first = 0
-        while first < len(turns):
-            most = min(len(turns), first + (room if first else 1))
-            # One launch knows one rotation.
-            stop = next((index for index in range(first, most) if turns[index] != turns[first]), most)
-            shipments += [
-                _Shipment(range(first, stop), part, opens=part is parts[0], closes=part is parts[-1]) for part in parts
-            ]
-            first = stop
-        return shipments
+        return [
+            _Shipment(layers, part, opens=part is parts[0], closes=part is parts[-1])
+            for layers in launches(turns, room, first=1)
+            for part in parts
+        ]
 
     def _copy_ahead(self, load: _Load) -> None:
         """Send off the copies that the staging ring has room for."""
