@@ -134,6 +134,10 @@ class BlendConfig:
     """What a chunk's KV is computed behind: nothing, the first special token, the prompt's header,
     the header and a generic document, or the header and three of them (part of the chunk's key)."""
 
+    ingest_documents: tuple[str, ...] = ()
+    """Text files with up to three documents of the application's own, to stand in the ingest context in place of the
+    generic ones (part of the chunk's key)."""
+
     system_prompt: str | None = None
     """System text of the header in the ingest context; give the application's own for the best answers."""
 

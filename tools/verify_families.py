@@ -6,6 +6,8 @@ from the file by docs/generate.py.
 
     python tools/verify_families.py            all of them
     python tools/verify_families.py gemma3     some
+    python tools/verify_families.py --dtype bfloat16 --compiled --engine '{"num_gpu_blocks_override": 1024}' \
+        --file docs/results/models-gpu.json    on a GPU, whose blocks are small
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import contextlib
 import datetime
 import importlib.util
 import json
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -39,7 +42,12 @@ def main() -> int:
     """Run; 0 when all that is served is equal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="families and combinations; all when not given")
-    names = parser.parse_args().names
+    parser.add_argument("--file", type=Path, default=FILE, help="where the results are kept")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--compiled", action="store_true", help="with vLLM's compiler and, on a GPU, its graphs")
+    parser.add_argument("--engine", type=json.loads, default={}, help="more of vLLM's engine arguments, as JSON")
+    given = parser.parse_args()
+    names, setup = given.names, {"dtype": given.dtype, "compiled": given.compiled}
     tiny = _tests()
     known = {**{name: (name, {}) for name in tiny.FAMILIES}, **tiny.COMBINATIONS}
     unknown = [name for name in names if name not in known]
@@ -51,16 +59,23 @@ def main() -> int:
         with contextlib.closing(rigs):
             for name in tqdm(names or list(known), desc="Verifying"):
                 try:
-                    result = _verified(tiny, rigs, *known[name])
+                    family, arguments = known[name]
+                    result = _verified(tiny, rigs, family, {**arguments, **given.engine}, setup)
                 except KVBlendError as error:
                     print(f"{name}: {error}", file=sys.stderr)
                     failed.append(name)
                     continue
-                _keep(name, result, "combinations" if name in tiny.COMBINATIONS else "families")
+                result["command"] = _command(names)
+                _keep(given.file, name, result, "combinations" if name in tiny.COMBINATIONS else "families")
                 failed += [] if result["refusal"] or result["equal"] else [name]
     if failed:
         print(f"Not equal: {', '.join(failed)}.", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _command(names: list[str]) -> str:
+    """As it was given, but for the names."""
+    return shlex.join(["python", "tools/verify_families.py", *(each for each in sys.argv[1:] if each not in names)])
 
 
 def _tests() -> ModuleType:
@@ -73,9 +88,11 @@ def _tests() -> ModuleType:
     return module
 
 
-def _verified(tiny: ModuleType, rigs: Any, family: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def _verified(
+    tiny: ModuleType, rigs: Any, family: str, arguments: dict[str, Any], setup: dict[str, Any]
+) -> dict[str, Any]:
     # On disk alone, as `kvblend verify` has it.
-    rig = rigs.get(family, engine=arguments or None, local_device="disk")
+    rig = rigs.get(family, engine=arguments or None, local_device="disk", **setup)
     info = rig.info
     facts = {
         "family": family,
@@ -84,6 +101,7 @@ def _verified(tiny: ModuleType, rigs: Any, family: str, arguments: dict[str, Any
         "engine": info.version,
         "device": info.device,
         "dtype": info.dtype,
+        "compiled": setup["compiled"],
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "options": {**tiny.ARGUMENTS.get(family, {}), **arguments},
     }
@@ -96,13 +114,12 @@ def _verified(tiny: ModuleType, rigs: Any, family: str, arguments: dict[str, Any
     return {**facts, **{key: result[key] for key in ("tolerance", "tolerance_reason", "checks", "equal")}}
 
 
-def _keep(name: str, result: dict[str, Any], part: str) -> None:
+def _keep(file: Path, name: str, result: dict[str, Any], part: str) -> None:
     """At once, so that what was run is not lost to what comes after."""
-    kept: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-    kept["command"] = "python tools/verify_families.py"
+    kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     kept["machine"] = machine()
     kept.setdefault(part, {})[name] = result
-    FILE.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,19 @@ documents it behaves more like one deep in a prompt, which is where most chunks 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from kvblend_rag.config import IngestContextKind
+from kvblend_rag.errors import ConfigError
 
 CONTEXT_TOKENS = 256
 """The whole context's length: a multiple of vLLM's block sizes, so that all of it is a prefix-cache hit
 for every chunk but the first."""
+
+_LEAST_LETTERS = 100
+"""Of a document of the application's own: with less there is no document to stand behind."""
 
 _MARK = "KVBLENDMARK"
 _GENERIC_DOCUMENT = (
@@ -63,16 +69,23 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...  # noqa: D102
 
 
-def ingest_context(kind: IngestContextKind, tokenizer: Tokenizer, system_prompt: str | None = None) -> list[int]:
+def ingest_context(
+    kind: IngestContextKind,
+    tokenizer: Tokenizer,
+    system_prompt: str | None = None,
+    documents: Sequence[str] = (),
+) -> list[int]:
     """Token ids of the context that a chunk is computed behind.
 
     Args:
         kind: ``none``; ``bos``, the first special token; ``header``, what the chat template puts in front
-            of the user's text; ``document``, the header and a generic document, cut to
+            of the user's text; ``document``, the header and a document, cut to
             ``CONTEXT_TOKENS`` (or the next multiple, behind a long header); ``long``, the header and three
-            generic documents, cut to three times that.
+            documents, cut to three times that.
         tokenizer: the model's.
         system_prompt: the application's system text; None leaves the template's own default.
+        documents: the application's own, of which the first (``document``) or the first three (``long``) stand
+            where the generic ones would, each cut to ``CONTEXT_TOKENS``.
     """
     if kind == "none":
         return []
@@ -82,14 +95,47 @@ def ingest_context(kind: IngestContextKind, tokenizer: Tokenizer, system_prompt:
     if kind == "header":
         return header
     separator = tokenizer.encode("\n\n", add_special_tokens=False)
-    texts = [_GENERIC_DOCUMENT] if kind == "document" else [*_MORE_DOCUMENTS, _GENERIC_DOCUMENT]
-    document = tokenizer.encode("\n\n".join(texts), add_special_tokens=False)
+    texts: Sequence[str] = [*_MORE_DOCUMENTS, _GENERIC_DOCUMENT]
+    texts = (documents or texts[::-1])[:1] if kind == "document" else (documents or texts)[:3]
+    if documents:
+        first, *more = (_start_of(text, tokenizer) for text in texts)
+        document = [*first, *(token for tokens in more for token in (*separator, *tokens))]
+    else:
+        document = tokenizer.encode("\n\n".join(texts), add_special_tokens=False)
     # At least half of a passage stays, whatever the header's length.
     least = len(header) + len(separator) + (2 * len(texts) - 1) * CONTEXT_TOKENS // 2
     total = -(-least // CONTEXT_TOKENS) * CONTEXT_TOKENS
     room = total - len(header) - len(separator)
     passage = (document * (-(-room // len(document))))[-room:]
     return [*header, *passage, *separator]
+
+
+def own_documents(paths: Iterable[str]) -> list[str]:
+    """The texts of files, in their order, for ``ingest_context``.
+
+    Raises:
+        ConfigError: a file can't be read as text, or has too little of it.
+    """
+    texts = []
+    for path in paths:
+        try:
+            text = Path(path).expanduser().read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{path}, named in ingest_documents, can't be read as text ({error}): name a text file that every "
+                "process of the engine can read."
+            ) from error
+        if len(text) < _LEAST_LETTERS:
+            raise ConfigError(
+                f"{path}, named in ingest_documents, has {len(text)} letters: name a document of {_LEAST_LETTERS} "
+                "or more."
+            )
+        texts.append(text)
+    return texts
+
+
+def _start_of(text: str, tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)[:CONTEXT_TOKENS]
 
 
 def _header(tokenizer: Tokenizer, system_prompt: str | None) -> str:
@@ -108,4 +154,4 @@ def _header(tokenizer: Tokenizer, system_prompt: str | None) -> str:
     return tokenizer.bos_token or ""
 
 
-__all__ = ["CONTEXT_TOKENS", "Tokenizer", "ingest_context"]
+__all__ = ["CONTEXT_TOKENS", "Tokenizer", "ingest_context", "own_documents"]

@@ -24,6 +24,7 @@ _RELEVANT = (
     "engine_args",
     "chunk_size",
     "ingest_context",
+    "ingest_documents",
     "system_prompt",
     "tenant",
     "heed_verdict",

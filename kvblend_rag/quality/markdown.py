@@ -16,7 +16,8 @@ COLUMNS = (
     ("same", "same answer", "{:.0%}"),
     ("nll_change", "ΔNLL", "{:+.3f}"),
     ("kl", "KL", "{:.3f}"),
-    ("kl_share", "KL / best published", "{:.2f}"),
+    ("kl_share", "KL / best published, same context", "{:.2f}"),
+    ("kl_published_share", "KL / best as published", "{:.2f}"),
 )
 """Value, heading and format of each column."""
 

@@ -53,8 +53,10 @@ def summarise(
 
     ``exact``, ``f1``, ``same``, ``kl``, ``recomputed``, ``computed``, ``scored`` and ``blended`` are means;
     ``exact_change``, ``f1_change`` and ``nll_change`` differences to the full prefill (of ``nll`` in nats a
-    token, above 0 is worse); ``f1_share`` is F1 as a share of the full prefill's, and ``kl_share`` KL as a
-    share of the best published selector's at the same budget.
+    token, above 0 is worse); ``f1_share`` is F1 as a share of the full prefill's. ``kl_share`` and
+    ``kl_published_share`` are KL as a share of the best published selector's at the same budget: behind the ingest
+    context of the measurement, and as published, behind the first special token alone (``@bos``), where such arms
+    were asked.
 
     Args:
         questions: in the order of the samples.
@@ -72,9 +74,10 @@ def summarise(
             row = {key: bootstrap.mean(own[key]) for key in _MEANS}
             row |= {f"{key}_change": bootstrap.mean(own[key] - of[plain][key]) for key in _CHANGES}
             row["f1_share"] = bootstrap.ratio(own["f1"], of[plain]["f1"])
-            rival = _rival(arm, arms, of)
-            if rival is not None:
-                row["kl_share"] = bootstrap.ratio(own["kl"], of[rival]["kl"])
+            for name, context in (("kl_share", None), ("kl_published_share", "bos")):
+                rival = _rival(arm, context, arms, of)
+                if rival is not None:
+                    row[name] = bootstrap.ratio(own["kl"], of[rival]["kl"])
             rows[arm.name] = {key: _listed(interval) for key, interval in row.items()}
         summary[group] = {"questions": len(places), "arms": rows}
     return summary
@@ -85,15 +88,17 @@ def _columns(samples: Sequence[Sample]) -> dict[str, Values]:
     return {name: np.array([getattr(sample, name) for sample in samples], dtype=np.float64) for name in names}
 
 
-def _rival(arm: Arm, arms: Sequence[Arm], of: Mapping[str, Mapping[str, Values]]) -> str | None:
-    """The published selector with the lowest KL at an arm's budget, in the same group."""
+def _rival(
+    arm: Arm, context: str | None, arms: Sequence[Arm], of: Mapping[str, Mapping[str, Values]]
+) -> str | None:
+    """The published selector with the lowest KL at an arm's budget behind a context, in the same group."""
     budget = arm.options.get("ratio")
     if budget is None or arm.options.get("selector") in PUBLISHED:
         return None
     rivals = [
         each.name
         for each in arms
-        if each.options.get("selector") in PUBLISHED and each.options.get("ratio") == budget and each.context is None
+        if each.options.get("selector") in PUBLISHED and each.options.get("ratio") == budget and each.context == context
     ]
     return min(rivals, key=lambda name: float(of[name]["kl"].mean()), default=None)
 

@@ -41,6 +41,12 @@ def find_connector(kind: type[Any]) -> Any | None:
     return next((connector for connector in candidates if isinstance(connector, kind)), None)
 
 
+def writes_blocks(scheduler_output: Any) -> bool:
+    """Whether vLLM zeroes or copies KV blocks of its own before a step; what is blended must come after."""
+    names = ("new_block_ids_to_zero", "kv_cache_block_copies")  # the second since 0.26
+    return any(getattr(scheduler_output, name, None) for name in names)
+
+
 def private_builder(group: Any, vllm_config: VllmConfig, device: torch.device) -> Any:
     """A metadata builder of our own for an attention group.
 
@@ -139,4 +145,5 @@ __all__ = [
     "unsupported_version",
     "version",
     "without_adapters",
+    "writes_blocks",
 ]

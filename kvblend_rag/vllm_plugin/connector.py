@@ -114,12 +114,8 @@ class KVBlendConnector(KVConnectorBase_V1):
         return self.worker.handshake()
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        """Blend the requests admitted in this step, before vLLM's own forward."""
-        plan = self._step_plan()
-        self.worker.note(plan.closing)
-        self.worker.meet_again(plan.met_again)
-        self.worker.blend(plan.blends)
-        self.worker.fetch(plan.fetch)
+        """Blend the requests admitted in this step, unless KVBlendWorker has, before vLLM's own forward."""
+        self.worker.begin(self._step_plan())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to do: everything was loaded on the compute stream before the forward."""

@@ -6,7 +6,6 @@ A connector is not given the model by vLLM; a worker subclass is the supported w
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -14,6 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvblend_rag.vllm_plugin import compat
 from kvblend_rag.vllm_plugin.connector import KVBlendConnector
+from kvblend_rag.vllm_plugin.metadata import StepPlan
 from kvblend_rag.vllm_plugin.worker_side import hot_bytes
 
 
@@ -35,10 +35,14 @@ class KVBlendWorker(compat.platform_worker()):  # type: ignore[misc]
         return available - hot_bytes(self.vllm_config)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """As the platform's, timed."""
+        """As the platform's, timed; what the step blends goes to the device before vLLM prepares its own inputs."""
         connector = compat.find_connector(KVBlendConnector)
         plan = scheduler_output.kv_connector_metadata
-        with contextlib.nullcontext() if connector is None else connector.worker.step(plan):
+        if connector is None or not isinstance(plan, StepPlan):
+            return super().execute_model(scheduler_output)
+        with connector.worker.step(plan.number):
+            if not compat.writes_blocks(scheduler_output):
+                connector.worker.begin(plan)
             return super().execute_model(scheduler_output)
 
     def kvblend(self, method: str, *arguments: Any) -> Any:

@@ -16,7 +16,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from kvblend_rag.blend.context import ingest_context
+from kvblend_rag.blend.context import ingest_context, own_documents
 from kvblend_rag.blend.cost import Pace
 from kvblend_rag.calibration.verdict import preferred_context
 from kvblend_rag.config import BlendConfig
@@ -67,6 +67,7 @@ class WorkerSide:
         self._vllm_config = vllm_config
         self._config = BlendConfig.load(**vllm_config.kv_transfer_config.kv_connector_extra_config)
         self._runner: Any = None
+        self._begun: StepPlan | None = None
         self._handshake: Handshake | None = None
         self._outcomes: dict[str, Outcome] = {}
         self._accounts: OrderedDict[str, dict[str, float | None]] = OrderedDict()
@@ -92,6 +93,16 @@ class WorkerSide:
         if self._handshake is None:
             self._handshake = self._survey()
         return self._handshake
+
+    def begin(self, plan: StepPlan) -> None:
+        """Do what a step's plan asks for before vLLM's own forward; a second call with the same plan does nothing."""
+        if plan is self._begun:
+            return
+        self._begun = plan
+        self.note(plan.closing)
+        self.meet_again(plan.met_again)
+        self.blend(plan.blends)
+        self.fetch(plan.fetch)
 
     def blend(self, jobs: Iterable[BlendJob]) -> None:
         """Blend requests, in the order in which they were admitted."""
@@ -146,9 +157,9 @@ class WorkerSide:
         outcome.step_seconds, outcome.blend_seconds = self._stopwatch.take()
         return outcome if any(vars(outcome).values()) else None
 
-    def step(self, plan: object) -> contextlib.AbstractContextManager[None]:
-        """Around one of vLLM's steps, which is timed; the plan is what the scheduler sent along."""
-        return self._stopwatch.step(plan.number) if isinstance(plan, StepPlan) else contextlib.nullcontext()
+    def step(self, number: int) -> contextlib.AbstractContextManager[None]:
+        """Around one of vLLM's steps, which is timed."""
+        return self._stopwatch.step(number)
 
     # Called from outside through KVBlendWorker.kvblend
 
@@ -267,7 +278,8 @@ class WorkerSide:
             kind = preferred_context(self._config, identity)
             if kind != "none":
                 tokenizer = cached_tokenizer_from_config(self._vllm_config.model_config)
-                context = ingest_context(kind, tokenizer, self._config.system_prompt)
+                documents = own_documents(self._config.ingest_documents)
+                context = ingest_context(kind, tokenizer, self._config.system_prompt, documents)
             shard = (ranks.rank, ranks.size)
             self._store = open_store(self._config, shard, pin=self._paged.device.type == "cuda")
             catalogue = open_catalogue(self._config)

@@ -1,6 +1,7 @@
 import pytest
 
-from kvblend_rag.blend.context import CONTEXT_TOKENS, ingest_context
+from kvblend_rag.blend.context import CONTEXT_TOKENS, ingest_context, own_documents
+from kvblend_rag.errors import ConfigError
 
 
 class Words:
@@ -84,6 +85,34 @@ def test_the_long_context_holds_three_documents_and_ends_as_the_short_one_does()
     assert context[-100:] == short[-100:]
     text = tokenizer.decode(context)
     assert all(some in text for some in ("A lighthouse warns ships", "A map shows roads", "A mill grinds grain"))
+
+
+OWN = tuple(" ".join(f"{name}{i}" for i in range(count)) for name, count in (("a", 90), ("b", 2000), ("c", 90), ("d", 9)))
+
+
+def test_the_applications_own_documents_stand_in_place_of_the_generic_ones():
+    tokenizer = Words()
+    long = ingest_context("long", tokenizer, documents=OWN)
+    assert len(long) == len(ingest_context("long", tokenizer))
+    text = tokenizer.decode(long)
+    assert text.endswith("b255 ⏎ ⏎ c0 " + " ".join(f"c{i}" for i in range(1, 90)) + " ⏎ ⏎")
+    assert " d0 " not in text
+    assert "lighthouse" not in text
+    short = tokenizer.decode(ingest_context("document", tokenizer, documents=OWN))
+    assert short.endswith(" a88 a89 ⏎ ⏎")
+    assert "b0" not in short
+
+
+def test_own_documents_are_read_in_their_order_or_named_in_one_sentence(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(f"\n{name} " + "word " * 40)
+    (tmp_path / "short").write_text("A few words.")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe" * 100)
+    texts = own_documents([str(tmp_path / "two"), str(tmp_path / "one")])
+    assert [text.split()[0] for text in texts] == ["two", "one"]
+    for name, what in (("short", "has 12 letters"), ("binary", "can't be read as text"), ("none", "can't be read")):
+        with pytest.raises(ConfigError, match=what):
+            own_documents([str(tmp_path / name)])
 
 
 @pytest.mark.parametrize("words", [1, 100, 130, 300, 1000])

@@ -86,3 +86,22 @@ def test_changes_are_paired_and_rivals_are_the_best_published_at_the_same_budget
     assert row["kl_share"][0] == pytest.approx(0.15 / 0.4)
     assert "kl_share" not in result["all"]["arms"]["question:0.2"]
     assert "kl_share" not in result["all"]["arms"]["first:0.1"]
+    assert "kl_published_share" not in row
+
+
+def test_selectors_as_published_are_compared_beside_those_behind_the_same_context():
+    arms = parse_arms(["first:0.1", "first:0.1@bos", "deviation:0.1@bos", "question:0.1"], BlendConfig())
+    result = summarise(
+        [question(0), question(1)],
+        arms,
+        {
+            "plain": samples(),
+            "first:0.1": samples(kl=[0.2, 0.2]),
+            "first:0.1@bos": samples(kl=[0.5, 0.5]),
+            "deviation:0.1@bos": samples(kl=[0.4, 0.4]),
+            "question:0.1": samples(kl=[0.1, 0.1]),
+        },
+    )
+    row = result["all"]["arms"]["question:0.1"]
+    assert row["kl_share"][0] == pytest.approx(0.5)
+    assert row["kl_published_share"][0] == pytest.approx(0.25)
