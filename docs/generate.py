@@ -225,9 +225,11 @@ def _gpu_more(result: dict[str, Any]) -> str:
     parts = []
     if "prefill_tokens_per_second" in result:
         ingest, prefill = result["ingest_tokens_per_second"], result["prefill_tokens_per_second"]
+        disk = result.get("disk_bytes_per_second")
         parts.append(
             f"Ingest until all is durable: {ingest:,.0f} tokens a second, {ingest / prefill:.2f} of vLLM's own prefill "
-            f"of as many chunks ({prefill:,.0f}).\n"
+            f"of as many chunks ({prefill:,.0f})."
+            + (f" The store's device takes {disk / 1e9:.1f} GB/s.\n" if disk else "\n")
         )
     if result.get("hot"):
         parts.append(f"A second engine, its chunks in {result['device_gb']:g} GiB of the GPU's own memory:\n")
@@ -295,6 +297,7 @@ def gpu_goals() -> str:
         ("TTFT, 8,192 tokens, `first`: times sooner", 4, times(short, _GOAL_ARM)),
         ("TTFT, 8,192 tokens, `question`", 4, times(short, question)),
         ("TTFT, 32,768 tokens, `first`", 7, times(long, _GOAL_ARM)),
+        ("the same, spans of 64", 7, times(long, spans[1])),
         ("TTFT, 32,768 tokens, `question`", 7, times(long, question)),
         ("TTFT, 32,768 tokens, reuse only", 10, times(long, "reuse only")),
         ("TTFT, 32,768 tokens, `first`, chunks in device memory", 8, times(hot, _GOAL_ARM)),
@@ -428,8 +431,17 @@ def quality() -> str:
             f"{count} of {name}" for name, count in Counter(row["set"] for row in result["samples"]).items()
         )
         parts.append(f"## {name}\n")
-        parts.append(f"```console\n$ {_plain(result['command'])}\n```\n")
+        sittings = [each["command"] for each in result.get("sittings", [result])]
+        commands = "\n".join(f"$ {_plain(command)}" for command in sittings)
+        parts.append(f"```console\n{commands}\n```\n")
         parts.append(f"{result['date']}; {_facts(result)}\n")
+        if len(sittings) > 1:
+            noise = result["between_sittings"]
+            parts.append(
+                f"{len(sittings)} sittings, put together by `tools/pool_quality.py`. {noise['questions']} questions "
+                "were asked in both; of these the KL of `question:0.15` differed by "
+                f"{noise['mean_difference']['question:0.15']['kl']:.3f} between the sittings, in the mean.\n"
+            )
         left_out = ", ".join(
             f"{settings[key]} {what}"
             for key, what in (("too_long", "too long for the context"), ("no_time", "left out for want of time"))
@@ -523,6 +535,8 @@ def _by_group(groups: dict[str, Any]) -> str:
 # What a reader looks for; the tests' names stand for the others.
 FAMILIES = {
     "llama": "Llama 3.x (llama3 scaling)",
+    "llama-one-layer": "Llama, one layer (where everything recomputed is everything)",
+    "llama-int8": "Llama, weights in eight bits (compressed-tensors)",
     "llama2": "Llama 2 (every head its own keys)",
     "llama-linear": "Llama, linear scaling",
     "llama-dynamic": "Llama, dynamic NTK",
@@ -568,10 +582,44 @@ def _supported(part: str, name: str) -> str:
         else:
             passed = sum(check["passed"] for check in checks)
             verdict = f"blended, {passed} of {len(checks)} checks passed"
-            worst = f"{max(c['difference'] for c in checks if c['what'] == 'everything recomputed'):.0e}"
+            worst = f"{_worst(result):.0e}"
         label = FAMILIES.get(key, key) if part == "families" else key
         rows.append([label, f"`{result['architecture']}`", verdict, worst, result["engine"], result["date"]])
     return table([name, "class", "", "largest difference", "engine", "date"], rows)
+
+
+_SETUPS = {
+    "models-gpu": "FlashAttention 3",
+    "models-gpu-triton": "Triton",
+    "models-gpu-flex": "FlexAttention",
+    "models-gpu-fp8": "FP8 KV cache",
+}
+
+
+def models_on_gpu() -> str:
+    """The same on a GPU: families and options by attention backend."""
+    rows = []
+    for stem, setup in _SETUPS.items():
+        file = RESULTS / f"{stem}.json"
+        results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        for part in ("families", "combinations"):
+            for key, result in sorted(results.get(part, {}).items()):
+                label = FAMILIES.get(key, key) if part == "families" else key
+                worst, bound = "", ""
+                if result["refusal"]:
+                    verdict = f"ordinary prefill: {result['refusal']}"
+                else:
+                    passed = [check for check in result["checks"] if check["passed"]]
+                    verdict = f"blended, {len(passed)} of {len(result['checks'])} checks passed"
+                    worst = f"{_worst(result):.3f}"
+                    bound = f"{result['tolerance']:.3f}"
+                rows.append([setup, label, verdict, worst, bound])
+    return table(["backend", "family or option", "", "largest difference", "tolerance"], rows)
+
+
+def _worst(result: dict[str, Any]) -> float:
+    """The largest difference of the prompts with everything recomputed."""
+    return max(float(c["difference"]) for c in result["checks"] if c["what"] == "everything recomputed")
 
 
 def families() -> str:
@@ -584,14 +632,65 @@ def combinations() -> str:
     return _supported("combinations", "option")
 
 
+def own_documents() -> str:
+    """What documents of the application's own in the ingest context changed, as `tools/compare_quality.py` has it."""
+    rows = []
+    for name, result in _loaded():
+        if not name.startswith("own-documents-"):
+            continue
+        for group, each in result["comparison"].items():
+            for arm, found in each["arms"].items():
+                rows.append(
+                    [
+                        f"{result['engine']['model']}, {group} ({each['questions']})",
+                        f"`{arm}`",
+                        f"{found['kl_before'][0]:.3f} → {found['kl_after'][0]:.3f}",
+                        cell(found["kl_ratio"], "{:.2f}"),
+                        cell(found["nll_difference"], "{:+.3f}"),
+                    ]
+                )
+    return table(["model, questions", "", "KL", "ratio (95 % interval)", "change of ΔNLL"], rows)
+
+
+_RISKS = {
+    "answer": "fitted, whole answer",
+    "first": "fitted, before the first token",
+    "default": "default, whole answer",
+}
+
+
+def risk() -> str:
+    """How well the risk tells which answers differ, as `tools/risk_roc.py` found it out."""
+    rows = []
+    for _, result in _loaded():
+        if "held_out" not in result:
+            continue
+        figures = result["held_out"]["all"]
+        model, every = result["engine"]["model"], figures["default"]
+        rows += [
+            [
+                f"{model} ({every['differ']} of {every['questions']} answers differed)",
+                what,
+                f"{figures[kind]['auc']:.2f}",
+                *(f"{figures[kind]['caught'][f'{rate} false alarms']:.0%}" for rate in ("10%", "30%")),
+            ]
+            for kind, what in _RISKS.items()
+        ]
+    head = ["model", "risk", "area under the ROC curve", "differing answers caught at 10 % false alarms", "at 30 %"]
+    return table(head, rows)
+
+
 BLOCKS = {
+    "own-documents": own_documents,
+    "risk": risk,
     "families": families,
     "combinations": combinations,
+    "models-on-gpu": models_on_gpu,
     "configuration": configuration,
     "results": headline,
     "quality": quality,
 }
-PAGES = (ROOT / "README.md", DOCS / "quality.md", DOCS / "models.md")
+PAGES = (ROOT / "README.md", DOCS / "quality.md", DOCS / "models.md", DOCS / "budget.md")
 """Where marked blocks stand."""
 
 

@@ -6,6 +6,7 @@ reset before each arm, and TTFT counts from submission, loading included.
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import sys
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,8 @@ _POPULATION = 128
 _SWEEP_RATIOS = (0.05, 0.1, 0.15, 0.2)
 
 _COPIED_BYTES = 1 << 30
+
+_FILE_BYTES, _FILES, _FILES_AT_ONCE = 1 << 27, 32, 8
 
 
 def arms(spans: Sequence[int]) -> dict[str, dict[str, Any] | None]:
@@ -105,6 +109,7 @@ def run(
         with LLM(model, config=config, **options) as llm:
             start_seconds = time.perf_counter() - started
             ingest_rate, prefill_rate = _ingest_rates(llm, rng)
+            disk = _disk_bandwidth(Path(config.store_path))
             results = {str(length): _measure(llm, length, arms(spans), repeats, rng) for length in lengths}
             swept = {str(length): _measure(llm, length, sweep_arms(), repeats, rng) for length in sweep}
             if timelines is not None:
@@ -126,6 +131,7 @@ def run(
         "hot": hot,
         "sweep": swept,
         "copy_bytes_per_second": bandwidth,
+        "disk_bytes_per_second": disk,
         "load": load,
         "engine": info.version,
         "dtype": info.dtype,
@@ -171,6 +177,27 @@ def _copy_bandwidth() -> float:
     return _COPIED_BYTES / statistics.median(taken)
 
 
+def _disk_bandwidth(folder: Path) -> float:
+    """Bytes a second that the store's device makes durable: files as large as chunks, several at a time."""
+    content = memoryview(bytes(_FILE_BYTES))
+    paths = [folder / f"bandwidth-{index}" for index in range(_FILES)]
+
+    def write(path: Path) -> None:
+        with path.open("wb", buffering=0) as file:
+            rest = content
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        list(pool.map(write, paths))
+    taken = time.perf_counter() - started
+    for path in paths:
+        path.unlink()
+    return _FILES * _FILE_BYTES / taken
+
+
 def _under_load(llm: LLM, length: int, seconds: float, rng: np.random.Generator) -> dict[str, Any]:
     chunks = _library(llm, length, rng, _POPULATION)
     traffic = bench_load.Traffic(chunks, length // CHUNK_TOKENS, 100_000)
@@ -193,7 +220,10 @@ def table(result: dict[str, Any]) -> Table:
             spread = f"{row['min_ms']:.0f}–{row['max_ms']:.0f}"
             shown.add_row(f"{int(length):,}", name, f"{row['median_ms']:.1f}", spread, f"{row['speedup']:.2f}")
     ingest, prefill = result["ingest_tokens_per_second"], result["prefill_tokens_per_second"]
-    shown.caption = f"Ingest {ingest:,.0f} tokens a second, {ingest / prefill:.2f} of vLLM's own prefill."
+    shown.caption = (
+        f"Ingest {ingest:,.0f} tokens a second, {ingest / prefill:.2f} of vLLM's own prefill; the store's device takes "
+        f"{result['disk_bytes_per_second'] / 1e9:.2f} GB/s."
+    )
     return shown
 
 

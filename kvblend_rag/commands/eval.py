@@ -150,8 +150,8 @@ def _measure(
     measured = _Measured()
     arguments = {**config.engine_args, **engine_arguments()}
     contexts = by_context(ways, config)
-    limit = None if minutes is None else 60 * minutes / len(contexts)
     for context, several in contexts.items():
+        limit = None if minutes is None else 60 * minutes * len(several) / len(ways)
         own = config.replace(ingest_context=context, engine_args=arguments)
         with started(own, verbose=verbose) as llm:
             kvblend = llm.kvblend

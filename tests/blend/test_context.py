@@ -87,7 +87,9 @@ def test_the_long_context_holds_three_documents_and_ends_as_the_short_one_does()
     assert all(some in text for some in ("A lighthouse warns ships", "A map shows roads", "A mill grinds grain"))
 
 
-OWN = tuple(" ".join(f"{name}{i}" for i in range(count)) for name, count in (("a", 90), ("b", 2000), ("c", 90), ("d", 9)))
+OWN = tuple(
+    " ".join(f"{name}{i}" for i in range(count)) for name, count in (("a", 90), ("b", 2000), ("c", 90), ("d", 9))
+)
 
 
 def test_the_applications_own_documents_stand_in_place_of_the_generic_ones():

@@ -1,0 +1,74 @@
+"""Two results of ``kvblend eval`` on one model against each other: paired differences over the questions of both.
+
+For what takes an engine of its own, as another ingest context does.
+
+    python tools/compare_quality.py BEFORE.json AFTER.json --arms reuse question:0.15 --json OUT.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvblend_rag.quality import bootstrap, two_chunk
+
+ALL, REAL, MADE = "all", "real questions", "questions made here"
+
+
+def compared(before: dict[str, Any], after: dict[str, Any], arms: list[str]) -> dict[str, Any]:
+    """By group and arm: KL of both and its ratio, and what changed in ΔNLL and F1, with 95 % intervals."""
+    rows = [{(row["set"], row["id"]): row["arms"] for row in each["samples"]} for each in (before, after)]
+    both = sorted(rows[0].keys() & rows[1].keys())
+    places = {ALL: both, REAL: [key for key in both if key[0] != two_chunk.SET]}
+    places[MADE] = [key for key in both if key[0] == two_chunk.SET]
+    groups: dict[str, Any] = {}
+    for name, keys in places.items():
+        if not keys:
+            continue
+        groups[name] = {"questions": len(keys), "arms": {}}
+        for arm in arms:
+            old, new = ({value: _column(side, keys, arm, value) for value in ("kl", "nll", "f1")} for side in rows)
+            groups[name]["arms"][arm] = {
+                "kl_before": bootstrap.mean(old["kl"]).to_list(),
+                "kl_after": bootstrap.mean(new["kl"]).to_list(),
+                "kl_ratio": bootstrap.ratio(new["kl"], old["kl"]).to_list(),
+                "nll_change_before": bootstrap.mean(old["nll"]).to_list(),
+                "nll_change_after": bootstrap.mean(new["nll"]).to_list(),
+                "nll_difference": bootstrap.mean(new["nll"] - old["nll"]).to_list(),
+                "f1_difference": bootstrap.mean(new["f1"] - old["f1"]).to_list(),
+            }
+    return groups
+
+
+def _column(side: dict[Any, Any], keys: list[Any], arm: str, value: str) -> Any:
+    """Of each question; ``nll`` as the change to the full prefill of the same sitting."""
+    own = np.array([side[key][arm][value] for key in keys])
+    return own - np.array([side[key]["plain"][value] for key in keys]) if value == "nll" else own
+
+
+def main() -> None:
+    """Read two results, write the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--arms", nargs="+", default=["reuse", "question:0.15"])
+    parser.add_argument("--json", type=Path, required=True, help="where to write the result")
+    given = parser.parse_args()
+    before, after = (json.loads(file.read_text(encoding="utf-8")) for file in (given.before, given.after))
+    result = {
+        "date": after["date"],
+        "machine": after["machine"],
+        "engine": after["engine"],
+        "before": before["command"],
+        "after": after["command"],
+        "comparison": compared(before, after, given.arms),
+    }
+    given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
