@@ -536,6 +536,7 @@ def _by_group(groups: dict[str, Any]) -> str:
 FAMILIES = {
     "llama": "Llama 3.x (llama3 scaling)",
     "llama-one-layer": "Llama, one layer (where everything recomputed is everything)",
+    "deepseek-moe": "DeepSeek MoE (experts without MLA)",
     "llama-int8": "Llama, weights in eight bits (compressed-tensors)",
     "llama2": "Llama 2 (every head its own keys)",
     "llama-linear": "Llama, linear scaling",

@@ -59,6 +59,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"head_dim": 32, "rope_scaling": _LLAMA3_ROPE}),
     "llama-one-layer": ("LlamaConfig", {"head_dim": 32, "rope_scaling": _LLAMA3_ROPE, "num_hidden_layers": 1}),
     "llama-int8": ("LlamaConfig", {"head_dim": 32, "rope_scaling": _LLAMA3_ROPE}),
+    "llama-gptq": ("LlamaConfig", {"head_dim": 32, "rope_scaling": _LLAMA3_ROPE}),
+    "llama-awq": ("LlamaConfig", {"head_dim": 32, "rope_scaling": _LLAMA3_ROPE}),
+    # The first DeepSeek with experts, before MLA; Transformers has no code of it, and none is needed.
+    "deepseek-moe": (
+        "LlamaConfig",
+        {
+            "head_dim": 32,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": False,
+        },
+    ),
     "mistral": ("MistralConfig", {"head_dim": 32, "sliding_window": None}),
     "mistral-sliding": ("MistralConfig", {"head_dim": 32, "sliding_window": 256}),
     "qwen2": ("Qwen2Config", {}),
@@ -257,6 +273,9 @@ COMBINATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "no prefix cache": ("llama", {"enable_prefix_caching": False}),
     "weights in eight bits": ("llama-int8", {}),
+    # vLLM computes with these in sixteen bits alone.
+    "weights in four bits (GPTQ)": ("llama-gptq", {"dtype": "bfloat16"}),
+    "weights in four bits (AWQ)": ("llama-awq", {"dtype": "bfloat16"}),
     "data parallelism": ("llama", {"data_parallel_size": 2}),
 }
 
@@ -282,41 +301,134 @@ def _build(family: str, folder: Path) -> None:
     model.save_pretrained(folder)
     if family == "paddleocr-vl":  # vLLM wants it even for text alone
         transformers.PaddleOCRVLImageProcessorPil().save_pretrained(folder)
-    if family in INT8:
-        _to_int8(folder)
+    if family in _REMADE:
+        _REMADE[family](folder)
 
 
-INT8 = ("llama-int8",)
+def _remake(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]], **settings: Any) -> None:
+    """Replace a saved model's tensors and add to its configuration."""
+    from safetensors.torch import load_file, save_file
+
+    (file,) = folder.glob("*.safetensors")
+    tensors = {name: tensor.contiguous() for name, tensor in change(load_file(file)).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def _to_int8(folder: Path) -> None:
     """Linear layers' weights in eight bits, a scale a row, as compressed-tensors keeps them."""
     import torch
-    from safetensors.torch import load_file, save_file
 
-    (file,) = folder.glob("*.safetensors")
-    tensors = load_file(file)
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        scale = tensors[name].abs().amax(dim=1, keepdim=True) / 127
-        tensors[name] = (tensors[name] / scale).round().to(torch.int8)
-        tensors[f"{name}_scale"] = scale
-    save_file(tensors, file, metadata={"format": "pt"})
-    settings = {"num_bits": 8, "type": "int", "symmetric": True}
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {
+    def change(tensors: dict[str, Any]) -> dict[str, Any]:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            scale = tensors[name].abs().amax(dim=1, keepdim=True) / 127
+            tensors[name] = (tensors[name] / scale).round().to(torch.int8)
+            tensors[f"{name}_scale"] = scale
+        return tensors
+
+    bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**bits, "strategy": "channel", "dynamic": False},
+        "input_activations": {**bits, "strategy": "token", "dynamic": True},
+    }
+    quantisation = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "ignore": ["lm_head"],
         "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**settings, "strategy": "channel", "dynamic": False},
-                "input_activations": {**settings, "strategy": "token", "dynamic": True},
-            }
-        },
+        "config_groups": {"group_0": group},
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    _remake(folder, change, quantization_config=quantisation)
+
+
+_GROUP = 32
+"""Weights that share a scale, of those in four bits."""
+
+
+def _in_four_bits(weight: Any) -> tuple[Any, Any]:
+    """A linear layer's weight as 0 to 15 around 8, int32 (inputs, outputs), and scales (groups, outputs)."""
+    import torch
+
+    turned = weight.T.unflatten(0, (-1, _GROUP))
+    scale = turned.abs().amax(dim=1, keepdim=True) / 7
+    values = (turned / scale).round().clamp(-8, 7).add(8).flatten(0, 1)
+    return values.to(torch.int32), scale.squeeze(1).to(torch.float16)
+
+
+def _packed(values: Any, dim: int, order: Sequence[int] = range(8)) -> Any:
+    """Eight neighbours along a dimension as one int32, those of ``order`` in turn the lowest bits."""
+    import torch
+
+    eight = values.unflatten(dim, (-1, 8)).long()
+    total = sum(eight.select(dim + 1, place) << (4 * at) for at, place in enumerate(order))
+    return torch.where(total >= 1 << 31, total - (1 << 32), total).to(torch.int32)
+
+
+def _to_gptq(folder: Path) -> None:
+    """Linear layers' weights in four bits, as GPTQ keeps them."""
+    import torch
+
+    def change(tensors: dict[str, Any]) -> dict[str, Any]:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            stem, (values, scales) = name.removesuffix(".weight"), _in_four_bits(tensors.pop(name))
+            tensors[f"{stem}.qweight"] = _packed(values, 0)
+            zeros = torch.full_like(scales, 7, dtype=torch.int32)  # one less than they are
+            tensors[f"{stem}.qzeros"], tensors[f"{stem}.scales"] = _packed(zeros, 1), scales
+            tensors[f"{stem}.g_idx"] = (torch.arange(len(values)) // _GROUP).to(torch.int32)
+        return tensors
+
+    quantisation = {"quant_method": "gptq", "bits": 4, "group_size": _GROUP, "desc_act": False, "sym": True}
+    _remake(folder, change, quantization_config=quantisation)
+
+
+def _to_awq(folder: Path) -> None:
+    """The same, as AWQ keeps them."""
+    import torch
+
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+
+    def change(tensors: dict[str, Any]) -> dict[str, Any]:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            stem, (values, scales) = name.removesuffix(".weight"), _in_four_bits(tensors.pop(name))
+            tensors[f"{stem}.qweight"] = _packed(values, 1, order)
+            zeros = torch.full_like(scales, 8, dtype=torch.int32)
+            tensors[f"{stem}.qzeros"], tensors[f"{stem}.scales"] = _packed(zeros, 1, order), scales
+        return tensors
+
+    quantisation = {"quant_method": "awq", "bits": 4, "group_size": _GROUP, "zero_point": True, "version": "gemm"}
+    _remake(folder, change, quantization_config=quantisation)
+
+
+def _to_deepseek_moe(folder: Path) -> None:
+    """Experts in all layers but the first, the attention as it was."""
+    import torch
+
+    settings = FAMILIES["deepseek-moe"][1]
+    width, experts = settings["moe_intermediate_size"], settings["n_routed_experts"]
+
+    def change(tensors: dict[str, Any]) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(1)
+        for layer in range(settings["first_k_dense_replace"], LAYERS):
+            at = f"model.layers.{layer}.mlp"
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                del tensors[f"{at}.{name}.weight"]
+                shape = (HIDDEN, width) if name == "down_proj" else (width, HIDDEN)
+                for part in (*(f"experts.{index}" for index in range(experts)), "shared_experts"):
+                    tensors[f"{at}.{part}.{name}.weight"] = 0.06 * torch.randn(shape, generator=generator)
+            tensors[f"{at}.gate.weight"] = 0.06 * torch.randn((experts, HIDDEN), generator=generator)
+        return tensors
+
+    _remake(folder, change, architectures=["DeepseekForCausalLM"])
+
+
+_REMADE: dict[str, Callable[[Path], None]] = {
+    "llama-int8": _to_int8,
+    "llama-gptq": _to_gptq,
+    "llama-awq": _to_awq,
+    "deepseek-moe": _to_deepseek_moe,
+}
 
 
 def _add_tokenizer(folder: Path) -> None:

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 
 TOLERANCE = 1e-4
+# In bfloat16 plain vLLM differs by 2e-4 from itself in another batch; reuse alone by 0.4 from either.
+SIXTEEN_BITS = 0.02
 BLENDED = None
 SHARED = "shared"
 ADAPTER = "an adapter"
 
 ADAPTERS, NGRAMS = "adapters", "speculation from n-grams"
 OTHER_STEPS = "whole prompts, priorities, embeddings"
-ENGINES = (SHARED, ADAPTERS, NGRAMS, OTHER_STEPS, "no prefix cache", "weights in eight bits", "data parallelism")
+INT8, FOUR_BITS = "weights in eight bits", ("weights in four bits (GPTQ)", "weights in four bits (AWQ)")
+ENGINES = (SHARED, ADAPTERS, NGRAMS, OTHER_STEPS, "no prefix cache", INT8, *FOUR_BITS, "data parallelism")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,7 @@ ROWS = {
     "chunked prefill off": Row(OTHER_STEPS),
     "a priority": Row(OTHER_STEPS, request={"priority": 3}),
     "prefix cache off": Row("no prefix cache"),
-    "weights in eight bits": Row("weights in eight bits"),
+    **{name: Row(name) for name in (INT8, *FOUR_BITS)},
     "data parallelism": Row("data parallelism"),
 }
 
@@ -59,7 +62,7 @@ ROWS = {
 def rig(request, rigs, combinations, amx):
     if request.param == SHARED:
         return rigs.get("llama", blocks=24, local_device="disk")
-    if request.param == "weights in eight bits" and amx:
+    if request.param == INT8 and amx:
         pytest.skip("vLLM's eight-bit weights on a CPU with AMX take no float32")
     family, arguments = combinations[request.param]
     return rigs.get(family, engine=arguments)
@@ -78,10 +81,11 @@ def test_a_combination(rig, row, tmp_path_factory):
     request = dict(row.request)
     if request.get("lora_request") == ADAPTER:
         request["lora_request"] = _adapter(tmp_path_factory)
+    tolerance = SIXTEEN_BITS if row.engine in FOUR_BITS else TOLERANCE
     prompt = rig.prompt(200, 100, total=620)
     expected = _ask(rig, prompt, row, request, blend=False)
     found = _ask(rig, prompt, row, request, selector="everything")
-    _expect_equal(found, expected)
+    _expect_equal(found, expected, tolerance)
     assert found.report.on_blended_kv == (row.reason is BLENDED)
     if "n" not in row.sampling:  # of several answers one is blended, and the last may have found its KV
         assert found.report.reason == row.reason
@@ -91,8 +95,8 @@ def test_a_combination(rig, row, tmp_path_factory):
         # With nothing recomputed another answer comes: the stored KV was used, and could have made a difference.
         reused = _ask(rig, prompt, row, request, selector="none")
         assert reused.report.on_blended_kv
-        assert not _equal(reused, expected)
-    _expect_equal(_ask(rig, prompt, row, request, blend=False, keep=True), expected)
+        assert not _equal(reused, expected, tolerance)
+    _expect_equal(_ask(rig, prompt, row, request, blend=False, keep=True), expected, tolerance)
 
 
 @pytest.mark.full
@@ -146,7 +150,7 @@ def _ask(rig, prompt, row, request, count=16, keep=False, **options):
     return output
 
 
-def _equal(one, other):
+def _equal(one, other, tolerance=TOLERANCE):
     """Whether all answers have the same tokens and log-probabilities."""
     return all(
         a.token_ids == b.token_ids
@@ -154,15 +158,15 @@ def _equal(one, other):
             [step[token].logprob for token, step in zip(a.token_ids, a.logprobs, strict=True)],
             [step[token].logprob for token, step in zip(b.token_ids, b.logprobs, strict=True)],
             rtol=0,
-            atol=TOLERANCE,
+            atol=tolerance,
         )
         for a, b in zip(one.outputs, other.outputs, strict=True)
     )
 
 
-def _expect_equal(one, other):
+def _expect_equal(one, other, tolerance=TOLERANCE):
     assert [answer.token_ids for answer in one.outputs] == [answer.token_ids for answer in other.outputs]
-    assert _equal(one, other)
+    assert _equal(one, other, tolerance)
 
 
 def _adapter(tmp_path_factory):

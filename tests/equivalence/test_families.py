@@ -40,6 +40,7 @@ FULL = (
     "llama4",
     "paddleocr-vl",
     "deepseek-v2",
+    "deepseek-moe",
 )
 
 
