@@ -101,7 +101,9 @@ def _layer(name: str, module: Any) -> AttentionLayer:
     if not hasattr(module.impl, "do_kv_cache_update"):
         raise Refused(f"the attention backend {module.attn_backend.get_name()} has no separate KV write")
     if getattr(module.impl, "sinks", None) is not None and module.kv_cache.device.type == "cpu":
-        raise Refused("attention sinks are not served on a CPU: with everything recomputed, answers differed there")
+        raise Refused(
+            "attention sinks are not served on a CPU: vLLM's own answers depend there on how a prompt is batched"
+        )
     if not isinstance(module, MLAAttention):
         return AttentionLayer(name, module)
     if not hasattr(module, "W_UK_T"):

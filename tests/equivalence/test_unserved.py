@@ -1,7 +1,10 @@
 """Models that can't be blended run as plain vLLM and say why; nothing of theirs is ever stored."""
 
+import numpy as np
 import pytest
+import torch
 from packaging.version import Version
+from safetensors.torch import load_file, save_file
 
 from kvblend_rag.errors import ConfigError
 from kvblend_rag.vllm_plugin import compat
@@ -33,3 +36,30 @@ def test_a_refused_model_answers_plainly_and_says_why(rigs, family, why, amx):
         assert len(answer.token_ids) == 16
         assert not answer.report.blended
         assert answer.report.reason == f"this model can't be blended: {rig.info.refusal}"
+
+
+@pytest.mark.full
+def test_plain_vllm_is_unequal_to_itself_with_sinks_on_a_cpu(rigs, tiny_model):
+    """Why they are refused there; when this fails, vLLM has been mended, and they can be served."""
+    assert _beside_others(rigs.get("gpt-oss")) > 1e-3
+    _turn_sinks_off(tiny_model("gpt-oss"))  # asked for by nobody after this
+    assert _beside_others(rigs.get("gpt-oss", blocks=63)) < 1e-4
+
+
+def _beside_others(rig):
+    """By how much plain vLLM's first log-probabilities differ alone and in a batch, up to another token."""
+    prompt = rig.tokens(900, 7)
+    (alone,) = rig.fresh([prompt], blend=False)
+    beside = rig.fresh([prompt, rig.tokens(500, 8), rig.tokens(300, 9)], blend=False)[0]
+    pairs = list(zip(alone.token_ids, beside.token_ids, strict=True))
+    same = next((place for place, (one, other) in enumerate(pairs) if one != other), len(pairs))
+    return float(np.abs(alone.logprobs - beside.logprobs)[: same + 1].max())
+
+
+def _turn_sinks_off(folder):
+    """Sinks that attract nothing."""
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    sinks = {name: torch.full_like(tensor, -1e4) for name, tensor in tensors.items() if "sinks" in name}
+    assert sinks
+    save_file({**tensors, **sinks}, file, metadata={"format": "pt"})
