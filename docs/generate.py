@@ -104,16 +104,27 @@ def encodings() -> str:
             f"{row['bytes_per_token']:,.0f}",
             f"{row['times_smaller']:.2f}×",
             *(f"{row[part]['median']:.4f} ({row[part]['max']:.4f})" for part in ("keys", "values")),
+            *_encoding_quality(name),
         ]
         for name, row in result["rows"].items()
     ]
     settings = result["settings"]
     head = ["`encoding`", "bytes a token", "smaller", "error of keys: median (worst chunk)", "of values"]
+    head += ["KL of reuse, as a share of unencoded", "of `question`, 15 %"]
     measured = (
         f"{settings['chunks']} chunks of {settings['tokens']:,} tokens in all, {settings['dtype']}, of the bundled"
     )
     origin = f"reader; `{_plain(result['command'])}` on the store that `kvblend demo` leaves."
     return f"{table(head, rows)}\n{measured} {origin}\n"
+
+
+def _encoding_quality(name: str) -> list[str]:
+    """What an encoding does to answers: KL to the full prefill as a share of the KL with chunks as computed."""
+    file = RESULTS / f"encoding-quality-{name}.json"
+    if not file.exists():
+        return ["1", "1"] if name == "none" else ["", ""]
+    arms = json.loads(file.read_text(encoding="utf-8"))["comparison"]["all"]["arms"]
+    return [cell(arms[arm]["kl_ratio"], "{:.2f}") for arm in ("reuse", "question:0.15")]
 
 
 def _loaded() -> list[tuple[str, dict[str, Any]]]:
