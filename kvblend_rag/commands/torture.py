@@ -28,6 +28,7 @@ def store(*, rounds: int = 100, writers: int = 2, seed: int = 0, json: str | Non
         raise ConfigError(f"Give --rounds of 1 or more, and --writers from 1 to {_MAX_WRITERS}.")
     from kvblend_rag.commands import torture_damage, torture_kill
 
+    before = machine()
     with tempfile.TemporaryDirectory(prefix="kvblend-torture-") as folder, Progress(console=terminal.err()) as bar:
         task = bar.add_task("kill -9", total=rounds)
         kills = torture_kill.run(Path(folder) / "kill", rounds, writers, seed, lambda: bar.advance(task))
@@ -46,10 +47,7 @@ def store(*, rounds: int = 100, writers: int = 2, seed: int = 0, json: str | Non
     for line in damage["left_out"]:
         console.print(f"Left out: {line}.")
     wrong = kills["wrong"] + damage["wrong"]
-    for line in wrong[:_SHOWN]:
-        terminal.complain(line)
-    terminal.write_json({"kills": kills, "damage": damage}, json)
-    return 1 if wrong else 0
+    return _told({"kills": kills, "damage": damage, "wrong": wrong}, before, json)
 
 
 def load(*, clients: int = 500, minutes: float = 10.0, seed: int = 0, json: str | None = None) -> int:

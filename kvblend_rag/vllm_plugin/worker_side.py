@@ -94,6 +94,7 @@ class WorkerSide:
             self._handshake = self._survey()
         return self._handshake
 
+    @torch.inference_mode()
     def begin(self, plan: StepPlan) -> None:
         """Do what a step's plan asks for before vLLM's own forward; a second call with the same plan does nothing."""
         if plan is self._begun:
