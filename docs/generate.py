@@ -644,6 +644,52 @@ def combinations() -> str:
     return _supported("combinations", "option")
 
 
+def faults() -> str:
+    """What `kvblend torture` found, from its result files."""
+    kills, damage = (_torture("store")[part] for part in ("kills", "damage"))
+    load, orders = _torture("load"), _torture("orders")
+    answered = sum(count for what, count in load["requests"].items() if what.endswith("answered"))
+    left = sum(load["requests"].values()) - answered
+    grown = [f"{name} {samples[-1] / samples[len(samples) // 2] - 1:+.1%}" for name, samples in _processes(load)]
+    ratio = orders["last_to_first"]
+    rows = [
+        [
+            "kill -9 during ingest, eviction, release and compaction",
+            f"{kills['rounds']} rounds, {sum(kills['killed_during'].values())} writers killed; of {kills['acknowledged']:,} "
+            f"acknowledged chunks {kills['compared']:,} that were still there were compared bit for bit",
+            f"{len(kills['wrong'])} wrong",
+        ],
+        [
+            "chunks flipped, cut and swapped; device full, read-only, gone",
+            f"{sum(damage['tried'].values()):,} tried, {sum(damage['refused'].values()):,} refused with a reason",
+            f"{len(damage['wrong'])} wrong",
+        ],
+        [
+            f"{load['clients']} streaming clients for {load['seconds'] / 60:g} minutes",
+            f"{answered:,} answers compared, {left:,} streams left early, {load['preemptions']:,} preemptions; memory in "
+            f"the second half: {', '.join(grown)}",
+            f"{len(load['wrong'])} wrong, stuck or leaked",
+        ],
+        [
+            f"{orders['orders']:,} orders of {orders['per_prompt']} out of {orders['chunks']:,} chunks, the store bounded "
+            "to a fifth",
+            f"{orders['reused_share']:.1%} of resident tokens reused; the last hundred {ratio:.0%} as fast as the first",
+            f"{len(orders['wrong'])} wrong",
+        ],
+    ]
+    return table(["", "", ""], rows)
+
+
+def _torture(what: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((RESULTS / f"torture-{what}.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+def _processes(load: dict[str, Any]) -> list[tuple[str, list[int]]]:
+    names = {"client": "client", "VLLM::EngineCor": "engine", "VLLM::Worker": "worker"}
+    return [(names[name], samples) for name, samples in load["memory_bytes"].items() if name in names]
+
+
 def own_documents() -> str:
     """What documents of the application's own in the ingest context changed, as `tools/compare_quality.py` has it."""
     rows = []
@@ -693,6 +739,7 @@ def risk() -> str:
 
 
 BLOCKS = {
+    "faults": faults,
     "own-documents": own_documents,
     "risk": risk,
     "families": families,
@@ -702,7 +749,7 @@ BLOCKS = {
     "results": headline,
     "quality": quality,
 }
-PAGES = (ROOT / "README.md", DOCS / "quality.md", DOCS / "models.md", DOCS / "budget.md")
+PAGES = (ROOT / "README.md", DOCS / "quality.md", DOCS / "models.md", DOCS / "budget.md", DOCS / "results.md")
 """Where marked blocks stand."""
 
 
