@@ -655,8 +655,9 @@ def faults() -> str:
     rows = [
         [
             "kill -9 during ingest, eviction, release and compaction",
-            f"{kills['rounds']} rounds, {sum(kills['killed_during'].values())} writers killed; of {kills['acknowledged']:,} "
-            f"acknowledged chunks {kills['compared']:,} that were still there were compared bit for bit",
+            f"{kills['rounds']} rounds, {sum(kills['killed_during'].values())} writers killed; of "
+            f"{kills['acknowledged']:,} acknowledged chunks the {kills['compared']:,} that had not left were compared "
+            "bit for bit",
             f"{len(kills['wrong'])} wrong",
         ],
         [
@@ -666,14 +667,15 @@ def faults() -> str:
         ],
         [
             f"{load['clients']} streaming clients for {load['seconds'] / 60:g} minutes",
-            f"{answered:,} answers compared, {left:,} streams left early, {load['preemptions']:,} preemptions; memory in "
-            f"the second half: {', '.join(grown)}",
+            f"{answered:,} answers, {left:,} streams left early, {load['preemptions']:,} preemptions; memory in the "
+            f"second half: {', '.join(grown)}",
             f"{len(load['wrong'])} wrong, stuck or leaked",
         ],
         [
-            f"{orders['orders']:,} orders of {orders['per_prompt']} out of {orders['chunks']:,} chunks, the store bounded "
-            "to a fifth",
-            f"{orders['reused_share']:.1%} of resident tokens reused; the last hundred {ratio:.0%} as fast as the first",
+            f"{orders['orders']:,} orders of {orders['per_prompt']} out of {orders['chunks']:,} chunks, the store "
+            "bounded to a fifth",
+            f"{orders['reused_share']:.1%} of resident tokens reused; speed-up of the last hundred {ratio:.0%} of the "
+            "first",
             f"{len(orders['wrong'])} wrong",
         ],
     ]
