@@ -2,7 +2,7 @@
 
 A forward of n tokens takes ``fixed + token·n + pair·p + row·r`` seconds: p counts the keys that its queries see,
 r the sequences that its tokens are shown as. Reading takes a time for each read and one for each byte. All of it
-is measured on the machine, none is guessed; see ``vllm_plugin/rehearsal.py`` and ``blend/drift.py``.
+is measured on the machine, none is guessed; see ``vllm_plugin/worker/rehearsal.py`` and ``blend/drift.py``.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from kvblend_rag.engine import EngineInfo
 from kvblend_rag.errors import ConfigError
 from kvblend_rag.report import BlendReport, ChunkUse
 from kvblend_rag.store import Catalogue
-from kvblend_rag.vllm_plugin.library import Library
+from kvblend_rag.vllm_plugin.scheduler.library import Library
 
 _BLOCK = 16
 

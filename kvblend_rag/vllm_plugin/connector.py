@@ -22,8 +22,8 @@ from vllm.v1.outputs import KVConnectorOutput
 
 from kvblend_rag.vllm_plugin.metadata import StepPlan
 from kvblend_rag.vllm_plugin.metrics import BlendMetrics, BlendStats
-from kvblend_rag.vllm_plugin.scheduler_side import SchedulerSide
-from kvblend_rag.vllm_plugin.worker_side import WorkerSide
+from kvblend_rag.vllm_plugin.scheduler.scheduler_side import SchedulerSide
+from kvblend_rag.vllm_plugin.worker.worker_side import WorkerSide
 
 if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext

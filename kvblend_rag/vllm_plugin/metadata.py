@@ -23,6 +23,9 @@ from kvblend_rag.blend.cost import Pace
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.report import TierLoad
 
+DEVICE = "device"
+"""What reports call the tier of chunks in the GPU's own memory."""
+
 ANOTHER_RANK = "another rank could not load its part of a chunk"
 """Why a rank computed everything whose own part was sound."""
 
@@ -157,6 +160,7 @@ class Handshake(KVConnectorHandshakeMetadata):
 
 __all__ = [
     "ANOTHER_RANK",
+    "DEVICE",
     "BlendJob",
     "Closing",
     "Handshake",

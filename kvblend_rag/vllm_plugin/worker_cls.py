@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from kvblend_rag.vllm_plugin import compat
 from kvblend_rag.vllm_plugin.connector import KVBlendConnector
 from kvblend_rag.vllm_plugin.metadata import StepPlan
-from kvblend_rag.vllm_plugin.worker_side import hot_bytes
+from kvblend_rag.vllm_plugin.worker.worker_side import hot_bytes
 
 
 class KVBlendWorker(compat.platform_worker()):  # type: ignore[misc]

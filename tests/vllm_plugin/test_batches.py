@@ -11,8 +11,8 @@ import itertools
 
 from kvblend_rag.blend.match import ChunkIndex
 from kvblend_rag.blend.plan import make_plan
-from kvblend_rag.vllm_plugin.blender import _joined
-from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
+from kvblend_rag.vllm_plugin.worker.blender import _joined
+from kvblend_rag.vllm_plugin.worker.forward import Row, ScatteredForward
 
 MIN_RUN = 4
 

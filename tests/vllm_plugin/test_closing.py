@@ -16,9 +16,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from kvblend_rag.ingest import STORING
 from kvblend_rag.report import BlendReport, TierLoad
-from kvblend_rag.vllm_plugin.closing import ClosingDesk
 from kvblend_rag.vllm_plugin.metadata import Closing, SeenPrompt
-from kvblend_rag.vllm_plugin.worker_side import WorkerSide
+from kvblend_rag.vllm_plugin.scheduler.closing import ClosingDesk
+from kvblend_rag.vllm_plugin.worker.worker_side import WorkerSide
 
 DAMAGED = "/s/a.safetensors fails its checksum: ingest the chunk's text again."
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -6,7 +6,7 @@ pytest.importorskip("vllm")
 
 import torch
 
-from kvblend_rag.vllm_plugin.hot_chunks import HotChunks
+from kvblend_rag.vllm_plugin.worker.hot_chunks import HotChunks
 
 CPU = torch.device("cpu")
 

@@ -16,12 +16,12 @@ from kvblend_rag.selectors import names
 from kvblend_rag.selectors.base import Evidence
 from kvblend_rag.store import Catalogue, DiskStore, MemoryStore, StoredChunk, TieredStore
 from kvblend_rag.store.listing import put_and_list
-from kvblend_rag.vllm_plugin.evidence import shares
 from kvblend_rag.vllm_plugin.metadata import Outcome, Recipe
-from kvblend_rag.vllm_plugin.planner import effort_of
-from kvblend_rag.vllm_plugin.rehearsal import Rehearsal, Shelf
-from kvblend_rag.vllm_plugin.scout import Scout
-from kvblend_rag.vllm_plugin.stopwatch import Stopwatch
+from kvblend_rag.vllm_plugin.scheduler.planner import effort_of
+from kvblend_rag.vllm_plugin.worker.evidence import shares
+from kvblend_rag.vllm_plugin.worker.rehearsal import Rehearsal, Shelf
+from kvblend_rag.vllm_plugin.worker.scout import Scout
+from kvblend_rag.vllm_plugin.worker.stopwatch import Stopwatch
 
 
 def chunk(number, tokens=8):
@@ -124,7 +124,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr("kvblend_rag.vllm_plugin.rehearsal.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("kvblend_rag.vllm_plugin.worker.rehearsal.time.perf_counter", lambda: self.now)
         self.pace = ForwardPace(self.fixed, self.token, self.pair, self.row)
 
 

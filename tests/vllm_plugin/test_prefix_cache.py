@@ -10,7 +10,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request, RequestStatus
 
-from kvblend_rag.vllm_plugin.prefix_cache import isolate, still_computing
+from kvblend_rag.vllm_plugin.scheduler.prefix_cache import isolate, still_computing
 
 BLOCK = 16
 

@@ -9,9 +9,9 @@ pytest.importorskip("vllm")
 
 from kvblend_rag.commands.torture_kill import make
 from kvblend_rag.store import DiskStore, MemoryStore, TieredStore
-from kvblend_rag.vllm_plugin.blender import Blender
-from kvblend_rag.vllm_plugin.hot_chunks import HotChunks
-from kvblend_rag.vllm_plugin.paged_kv import PagedKV
+from kvblend_rag.vllm_plugin.worker.blender import Blender
+from kvblend_rag.vllm_plugin.worker.hot_chunks import HotChunks
+from kvblend_rag.vllm_plugin.worker.paged_kv import PagedKV
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from kvblend_rag.blend.rope import Rotary, rotate, shift
-from kvblend_rag.vllm_plugin.paged_kv import AttentionLayer
-from kvblend_rag.vllm_plugin.rotary import NoShift, Rotations, table_of
-from kvblend_rag.vllm_plugin.survey import Refused, check_shift
+from kvblend_rag.vllm_plugin.worker.paged_kv import AttentionLayer
+from kvblend_rag.vllm_plugin.worker.rotary import NoShift, Rotations, table_of
+from kvblend_rag.vllm_plugin.worker.survey import Refused, check_shift
 
 HEAD, POSITIONS = 64, 4096
 ORIGINAL = {"original_max_position_embeddings": 1024}

@@ -20,7 +20,7 @@ from kvblend_rag.calibration.verdict import Verdict, write_verdict
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.store import open_catalogue
 from kvblend_rag.vllm_plugin.metadata import Handshake, Outcome, StepOutcome
-from kvblend_rag.vllm_plugin.scheduler_side import SchedulerSide
+from kvblend_rag.vllm_plugin.scheduler.scheduler_side import SchedulerSide
 
 BLOCK, CONTEXT, LIMIT = 16, tuple(range(32)), 512
 RNG = np.random.default_rng(0)

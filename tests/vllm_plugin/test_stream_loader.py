@@ -22,8 +22,8 @@ from kvblend_rag.blend.match import Match
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.blend.rope import Rotary
 from kvblend_rag.kernels.paged_caches import PagedCaches
-from kvblend_rag.vllm_plugin import stream_loader
-from kvblend_rag.vllm_plugin.loader import Turns, rotated
+from kvblend_rag.vllm_plugin.worker import stream_loader
+from kvblend_rag.vllm_plugin.worker.loader import Turns, rotated
 
 # What there is of CUDA: everything in its order, at once.
 nothing = lambda *args, **kwargs: None

@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
-from kvblend_rag.vllm_plugin.survey import Refused, refuse_options, survey_layers
+from kvblend_rag.vllm_plugin.worker.survey import Refused, refuse_options, survey_layers
 
 MODEL = {
     "runner_type": "generate",

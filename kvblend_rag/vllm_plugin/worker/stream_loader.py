@@ -19,8 +19,8 @@ from vllm import _custom_ops as ops
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.kernels.paged_caches import launches
 from kvblend_rag.kernels.rotate_scatter import rotate_scatter
-from kvblend_rag.vllm_plugin.loader import Chunks, Loader, Turn, Turns, turning
-from kvblend_rag.vllm_plugin.paged_kv import PagedKV
+from kvblend_rag.vllm_plugin.worker.loader import Chunks, Loader, Turn, Turns, turning
+from kvblend_rag.vllm_plugin.worker.paged_kv import PagedKV
 
 _SLOT_BYTES = 128 << 20
 """Staged at a time: a layer of 32,000 tokens of an 8B model."""

@@ -18,8 +18,8 @@ from vllm.forward_context import set_forward_context
 
 from kvblend_rag.blend.chunk import TokenIds
 from kvblend_rag.vllm_plugin import compat
-from kvblend_rag.vllm_plugin.paged_kv import BlockIds, PagedKV
-from kvblend_rag.vllm_plugin.piece_graphs import PieceGraphs
+from kvblend_rag.vllm_plugin.worker.paged_kv import BlockIds, PagedKV
+from kvblend_rag.vllm_plugin.worker.piece_graphs import PieceGraphs
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,8 @@ from kvblend_rag.blend.drift import Drift
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.blend.readings import Readings
 from kvblend_rag.report import TierLoad
-from kvblend_rag.selectors import get_selector
-from kvblend_rag.selectors.base import Evidence
-from kvblend_rag.vllm_plugin.hot_chunks import TIER as DEVICE
-from kvblend_rag.vllm_plugin.metadata import Outcome, Recipe, StepOutcome
+from kvblend_rag.vllm_plugin.effort import effort_of
+from kvblend_rag.vllm_plugin.metadata import DEVICE, Outcome, Recipe, StepOutcome
 
 _MEMORY = Tier("memory", ReadPace(0.0, 0.0))
 _REMEMBERED = 256
@@ -157,21 +155,9 @@ class Planner:
         return effort_of(recipe, self.pace)
 
 
-def effort_of(recipe: Recipe, pace: Pace | None) -> Effort:
-    """What the recipe's selector makes a worker compute; without a pace, at most."""
-    selector = get_selector(recipe.selector)
-    question, deviation = (1.0, 1.0) if pace is None else (pace.question_share, pace.deviation_share)
-    return Effort(
-        recipe.ratio if selector.share is None else selector.share,
-        recipe.span,
-        computed_share=question if Evidence.QUESTION_ATTENTION in selector.needs else 0.0,
-        whole_share=deviation if Evidence.DEVIATION in selector.needs else 0.0,
-    )
-
-
 def _bound(known: OrderedDict[Any, Any], most: int = _REMEMBERED) -> None:
     while len(known) > most:
         known.popitem(last=False)
 
 
-__all__ = ["Planner", "effort_of"]
+__all__ = ["Planner"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kvblend_rag.blend.rope import Rotary
-from kvblend_rag.vllm_plugin.latent import dims_in_front
+from kvblend_rag.vllm_plugin.worker.latent import dims_in_front
 
 # Relative; a table in bfloat16 is this coarse.
 _COARSE = 0.02

@@ -14,8 +14,8 @@ import torch
 
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.blend.rope import Rotary, rotate, shift
-from kvblend_rag.vllm_plugin.paged_kv import AttentionLayer, PagedKV
-from kvblend_rag.vllm_plugin.upload import Upload
+from kvblend_rag.vllm_plugin.worker.paged_kv import AttentionLayer, PagedKV
+from kvblend_rag.vllm_plugin.worker.upload import Upload
 
 Chunks = dict[str, torch.Tensor]
 """By key: a chunk's KV, (layers, 2, tokens, kv_heads, head_dim) on the host or the model's device."""

@@ -9,11 +9,11 @@ import torch
 
 from kvblend_rag.kernels.paged_caches import launches
 from kvblend_rag.selectors.base import Evidence
-from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
-from kvblend_rag.vllm_plugin.loader import Loader
 from kvblend_rag.vllm_plugin.metadata import BlendJob
-from kvblend_rag.vllm_plugin.paged_kv import AttentionLayer, PagedKV
-from kvblend_rag.vllm_plugin.taps import Taps
+from kvblend_rag.vllm_plugin.worker.forward import Row, ScatteredForward
+from kvblend_rag.vllm_plugin.worker.loader import Loader
+from kvblend_rag.vllm_plugin.worker.paged_kv import AttentionLayer, PagedKV
+from kvblend_rag.vllm_plugin.worker.taps import Taps
 
 _WORKSPACE_ELEMENTS = 1 << 24
 """Attention logits held at a time: 64 MiB in float32, whatever the prompt's length."""

@@ -12,7 +12,7 @@ import torch
 
 from kvblend_rag.blend.rope import Rotary
 from kvblend_rag.kernels.paged_caches import PagedCaches
-from kvblend_rag.vllm_plugin.upload import Upload
+from kvblend_rag.vllm_plugin.worker.upload import Upload
 
 BlockIds: TypeAlias = npt.NDArray[np.int32]
 """A request's blocks in order, (blocks,) int32, as vLLM's scheduler numbers them."""

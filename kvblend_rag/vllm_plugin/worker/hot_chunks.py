@@ -12,9 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-TIER = "device"
-"""What reports call it."""
-
 _REMEMBERED = 4096
 """Chunks whose first use is remembered."""
 
@@ -108,4 +105,4 @@ class HotChunks:
         self._nbytes -= self._held.pop(key).kv.nbytes
 
 
-__all__ = ["TIER", "HotChunks"]
+__all__ = ["HotChunks"]

@@ -32,9 +32,7 @@ from kvblend_rag.report import SAME_BLEND, BlendReport, ChunkUse
 from kvblend_rag.selectors import get_selector
 from kvblend_rag.selectors.base import Evidence
 from kvblend_rag.store import layout_of
-from kvblend_rag.vllm_plugin.closing import ClosingDesk
-from kvblend_rag.vllm_plugin.crowd import Crowd
-from kvblend_rag.vllm_plugin.library import Library
+from kvblend_rag.vllm_plugin.effort import effort_of
 from kvblend_rag.vllm_plugin.metadata import (
     BlendJob,
     Closing,
@@ -47,9 +45,12 @@ from kvblend_rag.vllm_plugin.metadata import (
     StepPlan,
 )
 from kvblend_rag.vllm_plugin.metrics import BlendStats
-from kvblend_rag.vllm_plugin.planner import Planner, effort_of
-from kvblend_rag.vllm_plugin.prefix_cache import isolate, still_computing
 from kvblend_rag.vllm_plugin.request import PARAMETER, Ingest, facts, read_wish
+from kvblend_rag.vllm_plugin.scheduler.closing import ClosingDesk
+from kvblend_rag.vllm_plugin.scheduler.crowd import Crowd
+from kvblend_rag.vllm_plugin.scheduler.library import Library
+from kvblend_rag.vllm_plugin.scheduler.planner import Planner
+from kvblend_rag.vllm_plugin.scheduler.prefix_cache import isolate, still_computing
 
 logger = logging.getLogger(__name__)
 

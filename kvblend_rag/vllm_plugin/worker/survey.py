@@ -17,10 +17,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, Slid
 
 from kvblend_rag.blend.rope import Rotary, rotate, shift
 from kvblend_rag.vllm_plugin import compat
-from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
-from kvblend_rag.vllm_plugin.latent import LatentLayer
-from kvblend_rag.vllm_plugin.paged_kv import AttentionLayer, PagedKV
-from kvblend_rag.vllm_plugin.rotary import NoShift, Rotations
+from kvblend_rag.vllm_plugin.worker.forward import Row, ScatteredForward
+from kvblend_rag.vllm_plugin.worker.latent import LatentLayer
+from kvblend_rag.vllm_plugin.worker.paged_kv import AttentionLayer, PagedKV
+from kvblend_rag.vllm_plugin.worker.rotary import NoShift, Rotations
 
 # Methods of speculative decoding without layers of their own.
 _DRAFTLESS = ("ngram", "ngram_gpu", "suffix")

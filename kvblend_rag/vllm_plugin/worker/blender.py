@@ -14,14 +14,14 @@ from kvblend_rag.report import TierLoad
 from kvblend_rag.selectors import get_selector
 from kvblend_rag.selectors.base import Evidence, SelectionInput
 from kvblend_rag.selectors.spans import mask_to_ranges
-from kvblend_rag.vllm_plugin.evidence import deviation, deviation_layer, question_attention
-from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
-from kvblend_rag.vllm_plugin.hot_chunks import TIER, HotChunks
-from kvblend_rag.vllm_plugin.loader import Chunks, Loader, Turns, rotated
-from kvblend_rag.vllm_plugin.metadata import ANOTHER_RANK, BlendJob, Outcome
-from kvblend_rag.vllm_plugin.paged_kv import PagedKV
-from kvblend_rag.vllm_plugin.ranks import Ranks
-from kvblend_rag.vllm_plugin.taps import Taps
+from kvblend_rag.vllm_plugin.metadata import ANOTHER_RANK, DEVICE, BlendJob, Outcome
+from kvblend_rag.vllm_plugin.worker.evidence import deviation, deviation_layer, question_attention
+from kvblend_rag.vllm_plugin.worker.forward import Row, ScatteredForward
+from kvblend_rag.vllm_plugin.worker.hot_chunks import HotChunks
+from kvblend_rag.vllm_plugin.worker.loader import Chunks, Loader, Turns, rotated
+from kvblend_rag.vllm_plugin.worker.paged_kv import PagedKV
+from kvblend_rag.vllm_plugin.worker.ranks import Ranks
+from kvblend_rag.vllm_plugin.worker.taps import Taps
 
 
 class Source(Protocol):
@@ -94,7 +94,7 @@ class Blender:
             computed = [(a, min(b, job.plan.prompt_tokens - 1)) for a, b in job.plan.computed_ranges()]
             self._compute(job, _joined([*computed, *recomputed]))
             self._loader.wait_for_all()
-        self._hot.offer({key: kv for key, kv in chunks.items() if tiers[key] != TIER})
+        self._hot.offer({key: kv for key, kv in chunks.items() if tiers[key] != DEVICE})
         if _gave_up(job, recomputed, left):
             recipe = job.recipe
             return Outcome(
@@ -119,7 +119,7 @@ class Blender:
             for key in hot:
                 self._store.touch(key)  # else it grows old in the tiers that must keep it
             for key, tokens in needed.items():
-                kv, tier = (hot[key], TIER) if key in hot else slower[key]
+                kv, tier = (hot[key], DEVICE) if key in hot else slower[key]
                 self._check(key, kv, tokens)
                 chunks[key], tiers[key] = kv, tier
         except KVBlendError as error:

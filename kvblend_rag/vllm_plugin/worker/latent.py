@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from kvblend_rag.vllm_plugin.paged_kv import AttentionLayer
+from kvblend_rag.vllm_plugin.worker.paged_kv import AttentionLayer
 
 
 def dims_in_front(latent: int, turned: int) -> int:

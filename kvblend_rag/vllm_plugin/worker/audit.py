@@ -18,9 +18,9 @@ from kvblend_rag.blend.match import Match
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.errors import ChunkDamaged
 from kvblend_rag.store import TieredStore
-from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
-from kvblend_rag.vllm_plugin.loader import Loader, Turns
-from kvblend_rag.vllm_plugin.paged_kv import BlockIds, PagedKV
+from kvblend_rag.vllm_plugin.worker.forward import Row, ScatteredForward
+from kvblend_rag.vllm_plugin.worker.loader import Loader, Turns
+from kvblend_rag.vllm_plugin.worker.paged_kv import BlockIds, PagedKV
 
 _MOVED_BY = 1000
 """Positions: far enough for every rotary frequency but the slowest to matter."""

@@ -20,11 +20,11 @@ from kvblend_rag.blend.match import Match
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.report import TierLoad
 from kvblend_rag.selectors.base import Evidence
-from kvblend_rag.vllm_plugin.evidence import shares
-from kvblend_rag.vllm_plugin.forward import Row, ScatteredForward
+from kvblend_rag.vllm_plugin.effort import effort_of
 from kvblend_rag.vllm_plugin.metadata import BlendJob, Outcome, Recipe
-from kvblend_rag.vllm_plugin.paged_kv import PagedKV
-from kvblend_rag.vllm_plugin.planner import effort_of
+from kvblend_rag.vllm_plugin.worker.evidence import shares
+from kvblend_rag.vllm_plugin.worker.forward import Row, ScatteredForward
+from kvblend_rag.vllm_plugin.worker.paged_kv import PagedKV
 
 logger = logging.getLogger(__name__)
 

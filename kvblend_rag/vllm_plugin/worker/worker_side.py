@@ -24,12 +24,6 @@ from kvblend_rag.errors import KVBlendError
 from kvblend_rag.report import TierLoad
 from kvblend_rag.store import StoredChunk, TieredStore, open_catalogue, open_store
 from kvblend_rag.vllm_plugin import compat
-from kvblend_rag.vllm_plugin.audit import Audit
-from kvblend_rag.vllm_plugin.blender import Blender
-from kvblend_rag.vllm_plugin.forward import ScatteredForward
-from kvblend_rag.vllm_plugin.hot_chunks import HotChunks
-from kvblend_rag.vllm_plugin.identity import fingerprint
-from kvblend_rag.vllm_plugin.loader import DirectLoader, Loader
 from kvblend_rag.vllm_plugin.metadata import (
     BlendJob,
     Closing,
@@ -40,14 +34,20 @@ from kvblend_rag.vllm_plugin.metadata import (
     StepOutcome,
     StepPlan,
 )
-from kvblend_rag.vllm_plugin.paged_kv import PagedKV
-from kvblend_rag.vllm_plugin.ranks import Ranks
-from kvblend_rag.vllm_plugin.rehearsal import Rehearsal, Shelf
 from kvblend_rag.vllm_plugin.request import recipe_of
-from kvblend_rag.vllm_plugin.scout import Scout
-from kvblend_rag.vllm_plugin.stopwatch import Stopwatch
-from kvblend_rag.vllm_plugin.survey import Refused, check_shift, refuse_options, survey_layers
-from kvblend_rag.vllm_plugin.writer import Writer
+from kvblend_rag.vllm_plugin.worker.audit import Audit
+from kvblend_rag.vllm_plugin.worker.blender import Blender
+from kvblend_rag.vllm_plugin.worker.forward import ScatteredForward
+from kvblend_rag.vllm_plugin.worker.hot_chunks import HotChunks
+from kvblend_rag.vllm_plugin.worker.identity import fingerprint
+from kvblend_rag.vllm_plugin.worker.loader import DirectLoader, Loader
+from kvblend_rag.vllm_plugin.worker.paged_kv import PagedKV
+from kvblend_rag.vllm_plugin.worker.ranks import Ranks
+from kvblend_rag.vllm_plugin.worker.rehearsal import Rehearsal, Shelf
+from kvblend_rag.vllm_plugin.worker.scout import Scout
+from kvblend_rag.vllm_plugin.worker.stopwatch import Stopwatch
+from kvblend_rag.vllm_plugin.worker.survey import Refused, check_shift, refuse_options, survey_layers
+from kvblend_rag.vllm_plugin.worker.writer import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -338,7 +338,7 @@ def _of_request(known: OrderedDict[str, T], request_id: str) -> T | None:
 def _fastest_loader(paged: PagedKV) -> Loader:
     """The fastest that this device and cache layout allow."""
     if paged.caches is not None:
-        from kvblend_rag.vllm_plugin.stream_loader import StreamLoader  # needs Triton
+        from kvblend_rag.vllm_plugin.worker.stream_loader import StreamLoader  # needs Triton
 
         return StreamLoader(paged)
     return DirectLoader(paged)
