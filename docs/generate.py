@@ -548,6 +548,8 @@ FAMILIES = {
     "llama": "Llama 3.x (llama3 scaling)",
     "llama-one-layer": "Llama, one layer (where everything recomputed is everything)",
     "deepseek-moe": "DeepSeek MoE (experts without MLA)",
+    "llama-gptq": "Llama, weights in four bits (GPTQ)",
+    "llama-awq": "Llama, weights in four bits (AWQ)",
     "llama-int8": "Llama, weights in eight bits (compressed-tensors)",
     "llama2": "Llama 2 (every head its own keys)",
     "llama-linear": "Llama, linear scaling",

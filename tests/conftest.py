@@ -244,6 +244,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
     },
     "paddleocr-vl": {"limit_mm_per_prompt": {"image": 0, "video": 0}},
+    # vLLM computes with these in sixteen bits alone.
+    "llama-gptq": {"dtype": "bfloat16"},
+    "llama-awq": {"dtype": "bfloat16"},
 }
 
 # What people combine blending with: a family, and vLLM's arguments. Prompts are longer than a step of 256 tokens,
@@ -273,9 +276,8 @@ COMBINATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "no prefix cache": ("llama", {"enable_prefix_caching": False}),
     "weights in eight bits": ("llama-int8", {}),
-    # vLLM computes with these in sixteen bits alone.
-    "weights in four bits (GPTQ)": ("llama-gptq", {"dtype": "bfloat16"}),
-    "weights in four bits (AWQ)": ("llama-awq", {"dtype": "bfloat16"}),
+    "weights in four bits (GPTQ)": ("llama-gptq", {}),
+    "weights in four bits (AWQ)": ("llama-awq", {}),
     "data parallelism": ("llama", {"data_parallel_size": 2}),
 }
 
