@@ -462,6 +462,8 @@ def quality() -> str:
             f"Questions: {settings['questions']} ({sets}){f'; {left_out}' if left_out else ''}. "
             f"Ingest context `{settings['ingest_context']}`, spans of {settings['span_size']}, if not said otherwise.\n"
         )
+        if _drawn(result):
+            parts.append(f"![Quality against cost]({RESULTS.name}/{name}.png)\n")
         parts.append(_goals(result))
         parts.append("All questions:\n")
         parts.append(summary_table(groups))
@@ -476,6 +478,11 @@ def quality() -> str:
             )
             parts[-1] += ".\n"
     return "\n".join(parts)
+
+
+def _drawn(result: dict[str, Any]) -> bool:
+    """Whether there are enough questions for a picture to say something."""
+    return bool(result["settings"]["questions"] >= 100)
 
 
 def _goals(result: dict[str, Any]) -> str:
@@ -768,10 +775,15 @@ def with_blocks(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the marked blocks, and draw the sweep over prompt lengths."""
-    from kvblend_rag.commands.bench_gpu_plot import save_plot
+    """Rewrite the marked blocks, and draw the sweep over prompt lengths and quality against cost."""
+    from kvblend_rag.commands import bench_gpu_plot
+    from kvblend_rag.quality import plot
 
-    save_plot(dict(_loaded())["gpu-ttft-llama-3.1-8b.json"], RESULTS / "gpu-ttft-llama-3.1-8b.png")
+    loaded = dict(_loaded())
+    bench_gpu_plot.save_plot(loaded["gpu-ttft-llama-3.1-8b.json"], RESULTS / "gpu-ttft-llama-3.1-8b.png")
+    for name, result in loaded.items():
+        if is_quality(result) and _drawn(result):
+            plot.save_plot(result, RESULTS / name.replace(".json", ".png"))
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         new = with_blocks(text)
