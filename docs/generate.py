@@ -597,15 +597,10 @@ def _supported(part: str, name: str) -> str:
     results = json.loads(file.read_text(encoding="utf-8")).get(part, {}) if file.exists() else {}
     rows = []
     for key, result in sorted(results.items(), key=lambda each: (bool(each[1]["refusal"]), each[0])):
-        checks = result["checks"]
-        if result["refusal"]:
-            verdict, worst = f"ordinary prefill: {result['refusal']}", ""
-        else:
-            passed = sum(check["passed"] for check in checks)
-            verdict = f"blended, {passed} of {len(checks)} checks passed"
-            worst = f"{_worst(result):.0e}"
-        label = FAMILIES.get(key, key) if part == "families" else key
-        rows.append([label, f"`{result['architecture']}`", verdict, worst, result["engine"], result["date"]])
+        verdict, worst = _verdict(result, "{:.0e}")
+        rows.append(
+            [FAMILIES.get(key, key), f"`{result['architecture']}`", verdict, worst, result["engine"], result["date"]]
+        )
     return table([name, "class", "", "largest difference", "engine", "date"], rows)
 
 
@@ -625,22 +620,20 @@ def models_on_gpu() -> str:
         results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         for part in ("families", "combinations"):
             for key, result in sorted(results.get(part, {}).items()):
-                label = FAMILIES.get(key, key) if part == "families" else key
-                worst, bound = "", ""
-                if result["refusal"]:
-                    verdict = f"ordinary prefill: {result['refusal']}"
-                else:
-                    passed = [check for check in result["checks"] if check["passed"]]
-                    verdict = f"blended, {len(passed)} of {len(result['checks'])} checks passed"
-                    worst = f"{_worst(result):.3f}"
-                    bound = f"{result['tolerance']:.3f}"
-                rows.append([setup, label, verdict, worst, bound])
+                verdict, worst = _verdict(result, "{:.3f}")
+                bound = "" if result["refusal"] else f"{result['tolerance']:.3f}"
+                rows.append([setup, FAMILIES.get(key, key), verdict, worst, bound])
     return table(["backend", "family or option", "", "largest difference", "tolerance"], rows)
 
 
-def _worst(result: dict[str, Any]) -> float:
-    """The largest difference of the prompts with everything recomputed."""
-    return max(float(c["difference"]) for c in result["checks"] if c["what"] == "everything recomputed")
+def _verdict(result: dict[str, Any], form: str) -> tuple[str, str]:
+    """What came of a family's checks, and the largest difference of the prompts with everything recomputed."""
+    if result["refusal"]:
+        return f"ordinary prefill: {result['refusal']}", ""
+    checks = result["checks"]
+    passed = sum(check["passed"] for check in checks)
+    worst = max(check["difference"] for check in checks if check["what"] == "everything recomputed")
+    return f"blended, {passed} of {len(checks)} checks passed", form.format(worst)
 
 
 def families() -> str:

@@ -318,16 +318,25 @@ def _remake(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]], **
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def _to_int8(folder: Path) -> None:
-    """Linear layers' weights in eight bits, a scale a row, as compressed-tensors keeps them."""
-    import torch
+def _quantise(folder: Path, quantised: Callable[[Any], dict[str, Any]], **quantisation: Any) -> None:
+    """Keep every linear layer's weight as what ``quantised`` makes of it, by name."""
 
     def change(tensors: dict[str, Any]) -> dict[str, Any]:
         for name in [name for name in tensors if name.endswith("_proj.weight")]:
-            scale = tensors[name].abs().amax(dim=1, keepdim=True) / 127
-            tensors[name] = (tensors[name] / scale).round().to(torch.int8)
-            tensors[f"{name}_scale"] = scale
+            made = quantised(tensors.pop(name))
+            tensors |= {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in made.items()}
         return tensors
+
+    _remake(folder, change, quantization_config=quantisation)
+
+
+def _to_int8(folder: Path) -> None:
+    """Weights in eight bits, a scale a row, as compressed-tensors keeps them."""
+    import torch
+
+    def quantised(weight: Any) -> dict[str, Any]:
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale}
 
     bits = {"num_bits": 8, "type": "int", "symmetric": True}
     group = {
@@ -335,14 +344,15 @@ def _to_int8(folder: Path) -> None:
         "weights": {**bits, "strategy": "channel", "dynamic": False},
         "input_activations": {**bits, "strategy": "token", "dynamic": True},
     }
-    quantisation = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "ignore": ["lm_head"],
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-    }
-    _remake(folder, change, quantization_config=quantisation)
+    _quantise(
+        folder,
+        quantised,
+        quant_method="compressed-tensors",
+        format="int-quantized",
+        ignore=["lm_head"],
+        quantization_status="compressed",
+        config_groups={"group_0": group},
+    )
 
 
 _GROUP = 32
@@ -369,20 +379,20 @@ def _packed(values: Any, dim: int, order: Sequence[int] = range(8)) -> Any:
 
 
 def _to_gptq(folder: Path) -> None:
-    """Linear layers' weights in four bits, as GPTQ keeps them."""
+    """Weights in four bits, as GPTQ keeps them."""
     import torch
 
-    def change(tensors: dict[str, Any]) -> dict[str, Any]:
-        for name in [name for name in tensors if name.endswith("_proj.weight")]:
-            stem, (values, scales) = name.removesuffix(".weight"), _in_four_bits(tensors.pop(name))
-            tensors[f"{stem}.qweight"] = _packed(values, 0)
-            zeros = torch.full_like(scales, 7, dtype=torch.int32)  # one less than they are
-            tensors[f"{stem}.qzeros"], tensors[f"{stem}.scales"] = _packed(zeros, 1), scales
-            tensors[f"{stem}.g_idx"] = (torch.arange(len(values)) // _GROUP).to(torch.int32)
-        return tensors
+    def quantised(weight: Any) -> dict[str, Any]:
+        values, scales = _in_four_bits(weight)
+        zeros = torch.full_like(scales, 7, dtype=torch.int32)  # one less than they are
+        return {
+            "qweight": _packed(values, 0),
+            "qzeros": _packed(zeros, 1),
+            "scales": scales,
+            "g_idx": (torch.arange(len(values)) // _GROUP).to(torch.int32),
+        }
 
-    quantisation = {"quant_method": "gptq", "bits": 4, "group_size": _GROUP, "desc_act": False, "sym": True}
-    _remake(folder, change, quantization_config=quantisation)
+    _quantise(folder, quantised, quant_method="gptq", bits=4, group_size=_GROUP, desc_act=False, sym=True)
 
 
 def _to_awq(folder: Path) -> None:
@@ -391,16 +401,12 @@ def _to_awq(folder: Path) -> None:
 
     order = (0, 2, 4, 6, 1, 3, 5, 7)
 
-    def change(tensors: dict[str, Any]) -> dict[str, Any]:
-        for name in [name for name in tensors if name.endswith("_proj.weight")]:
-            stem, (values, scales) = name.removesuffix(".weight"), _in_four_bits(tensors.pop(name))
-            tensors[f"{stem}.qweight"] = _packed(values, 1, order)
-            zeros = torch.full_like(scales, 8, dtype=torch.int32)
-            tensors[f"{stem}.qzeros"], tensors[f"{stem}.scales"] = _packed(zeros, 1, order), scales
-        return tensors
+    def quantised(weight: Any) -> dict[str, Any]:
+        values, scales = _in_four_bits(weight)
+        zeros = torch.full_like(scales, 8, dtype=torch.int32)
+        return {"qweight": _packed(values, 1, order), "qzeros": _packed(zeros, 1, order), "scales": scales}
 
-    quantisation = {"quant_method": "awq", "bits": 4, "group_size": _GROUP, "zero_point": True, "version": "gemm"}
-    _remake(folder, change, quantization_config=quantisation)
+    _quantise(folder, quantised, quant_method="awq", bits=4, group_size=_GROUP, zero_point=True, version="gemm")
 
 
 def _to_deepseek_moe(folder: Path) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from kvblend_rag.quality import bootstrap, two_chunk
+from kvblend_rag.quality.summary import ALL, REAL
 
-ALL, REAL, MADE = "all", "real questions", "questions made here"
+MADE = "questions made here"
 
 
 def compared(before: dict[str, Any], after: dict[str, Any], arms: list[str]) -> dict[str, Any]:

@@ -95,8 +95,8 @@ def ingest_context(
     if kind == "header":
         return header
     separator = tokenizer.encode("\n\n", add_special_tokens=False)
-    texts: Sequence[str] = [*_MORE_DOCUMENTS, _GENERIC_DOCUMENT]
-    texts = (documents or texts[::-1])[:1] if kind == "document" else (documents or texts)[:3]
+    count = 1 if kind == "document" else 3
+    texts = documents[:count] or (*_MORE_DOCUMENTS, _GENERIC_DOCUMENT)[-count:]
     if documents:
         first, *more = (_start_of(text, tokenizer) for text in texts)
         document = [*first, *(token for tokens in more for token in (*separator, *tokens))]

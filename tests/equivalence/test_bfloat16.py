@@ -48,7 +48,7 @@ def noise(rig, prompts):
 def test_plain_runs_differ_by_what_bfloat16_rounds(noise):
     """On some CPUs not at all: their kernels sum in the same order in every batch."""
     print(f"plain runs differ by up to {noise:.2g}")
-    assert noise < 0.1
+    assert noise == 0 or 1e-3 < noise < 0.1
 
 
 def test_everything_recomputed_is_as_close_as_plain_runs_are(rig, prompts, noise):
