@@ -1,5 +1,6 @@
 """Engine options and layers that can't be blended are refused with the true reason; the others are not."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm.model_executor.layers.attention import Attention, MLAAttention
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
 
 from kvblend_rag.vllm_plugin.worker.survey import Refused, refuse_options, survey_layers
 
@@ -107,6 +108,11 @@ def state():
     return MambaSpec(block_size=16, shapes=((4, 4),), dtypes=(torch.float32,))
 
 
+def together(*specs):
+    """One kind of blocks for layers that differ."""
+    return UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={f"{at}": spec for at, spec in enumerate(specs)})
+
+
 def test_layers_come_in_the_order_in_which_they_run():
     found = survey_layers(runner(layer(), layer(), layer()))
     assert [each.name for each in found] == [f"model.layers.{number}.attn" for number in range(3)]
@@ -119,6 +125,12 @@ def test_a_layer_with_a_window_among_others_is_served_and_known():
     assert far.sees_all
 
 
+def test_layers_that_differ_and_share_their_blocks_are_served():
+    spec = together(dataclasses.replace(full(), sliding_window=256), full())
+    near, far = survey_layers(runner(layer(sliding_window=256), layer(sliding_window=None), spec=spec))
+    assert (near.sees_all, far.sees_all) == (False, True)
+
+
 class Special(Attention):
     """An attention of another kind."""
 
@@ -128,6 +140,8 @@ class Special(Attention):
     [
         (lambda: runner(layer(), spec=window()), "all its layers see 4,096 tokens only"),
         (lambda: runner(layer(), spec=state()), "KV cache is of the kind MambaSpec"),
+        (lambda: runner(layer(), spec=together(full(), state())), "KV cache is of the kind MambaSpec"),
+        (lambda: runner(layer(), spec=together(window(), window())), "all its layers see 4,096 tokens only"),
         (lambda: runner(layer(), groups=[None, None]), "need 2 kinds of KV cache"),
         (lambda: runner(layer(), layer(Special)), r"layer model\.layers\.1\.attn is of the kind Special"),
         (lambda: runner(layer(kv_sharing_target_layer_name="model.layers.0.attn")), "share one KV cache"),
@@ -140,7 +154,20 @@ class Special(Attention):
         (lambda: runner(layer(MLAAttention, (4, 16, 576))), "SOME_BACKEND has packed its up-projection away"),
         (lambda: runner(layer(), supports_mm_inputs=True, use_deepstack=True), "DeepStack"),
     ],
-    ids=["window", "state", "two kinds", "special", "shared", "sinks", "no write", "shapes", "packed", "deepstack"],
+    ids=[
+        "window",
+        "state",
+        "state beside attention",
+        "windows alone",
+        "two kinds",
+        "special",
+        "shared",
+        "sinks",
+        "no write",
+        "shapes",
+        "packed",
+        "deepstack",
+    ],
 )
 def test_layers_that_are_refused(made, why):
     with pytest.raises(Refused, match=why):

@@ -13,7 +13,12 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention, MLAAttention
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
 
 from kvblend_rag.blend.rope import Rotary, rotate, shift
 from kvblend_rag.vllm_plugin import compat
@@ -78,10 +83,13 @@ def survey_layers(runner: Any) -> list[AttentionLayer]:
     if len(groups) != 1:
         raise Refused(f"its layers need {len(groups)} kinds of KV cache (hybrid or sliding-window attention)")
     spec = groups[0].kv_cache_spec
-    if isinstance(spec, SlidingWindowSpec):
-        raise Refused(f"all its layers see {spec.sliding_window:,} tokens only, and vLLM drops the KV in front of them")
-    if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
-        raise Refused(f"its KV cache is of the kind {type(spec).__name__}, not full attention")
+    # One spec a layer where they differ and still share their blocks: on a GPU, windows beside none (0.26).
+    for each in spec.kv_cache_specs.values() if isinstance(spec, UniformTypeKVCacheSpecs) else (spec,):
+        if isinstance(each, SlidingWindowSpec):
+            windows = f"all its layers see {each.sliding_window:,} tokens only"
+            raise Refused(f"{windows}, and vLLM drops the KV in front of them")
+        if type(each) not in (FullAttentionSpec, MLAAttentionSpec):
+            raise Refused(f"its KV cache is of the kind {type(each).__name__}, not full attention")
     if compat.confuses_windows(runner):
         raise Refused(f"vLLM {compat.version()} on a CPU takes one window for that of all layers: 0.32 is right")
     modules = runner.vllm_config.compilation_config.static_forward_context
