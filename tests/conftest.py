@@ -25,6 +25,13 @@ POSITIONS = 4096
 BLOCK = 128  # vLLM's block size on a CPU
 # What stands for an image in a prompt: an id, and its name in SmolLM2's tokenizer.
 IMAGE_TOKEN = 5, "<file_sep>"
+# Names in SmolLM2's tokenizer, and gpt-oss's that take their place.
+_HARMONY_TOKENS = {
+    "<repo_name>": "<|start|>",
+    "<reponame>": "<|end|>",
+    "<filename>": "<|channel|>",
+    "<gh_stars>": "<|message|>",
+}
 
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -460,6 +467,15 @@ def _name_image_token(folder: Path) -> None:
     file.write_text(json.dumps(settings))
 
 
+def _name_harmony_tokens(folder: Path) -> None:
+    """vLLM looks for them in a vocabulary as soon as an answer's form is given."""
+    for file in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        text = file.read_text()
+        for name, harmony in _HARMONY_TOKENS.items():
+            text = text.replace(name, harmony)
+        file.write_text(text)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answer:
     """What one request gave."""
@@ -604,6 +620,8 @@ class _Rigs:
             shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
             if family == "paddleocr-vl":
                 _name_image_token(folder)
+            if family == "gpt-oss":
+                _name_harmony_tokens(folder)
         return folder
 
     def get(

@@ -18,10 +18,12 @@ import numpy as np
 from kvblend_rag.calibration.risk import DEFAULT_RISK, RiskModel
 from kvblend_rag.calibration.verdict import Verdict
 from kvblend_rag.quality import bootstrap
-from kvblend_rag.quality.measurement import Cell, Measurement
+from kvblend_rag.quality.measurement import Cell, Deviation, Measurement
 
 _NOISE_FACTOR = 4.0
 """Stored KV and the scattered forward may differ by this many times what the model differs from itself."""
+_MOVED_FACTOR = 2.0
+"""And by this many times what its values differ by between the two positions: keys differ a little more."""
 _LEAST_KL = {"float32": 1e-4}
 _COARSE_KL = 0.02
 """KL floor in bfloat16 and float16: measured 0.0005 to 0.003 for two prefills of different batches."""
@@ -40,9 +42,9 @@ class Limits:
     share: float = 0.5
     """Largest mean share of chunk tokens recomputed; beyond, a full prefill is not much dearer."""
 
-    def deviation_bound(self, noise: float) -> float:
-        """What stored KV may be off by, where two computations of the same differ by ``noise``."""
-        return max(self.deviation, _NOISE_FACTOR * noise)
+    def deviation_bound(self, found: Deviation) -> float:
+        """What stored KV may be off by, where the model's own computations differ as was found."""
+        return max(self.deviation, _NOISE_FACTOR * found.noise, _MOVED_FACTOR * found.moved)
 
 
 def judge(measured: Measurement, limits: Limits | None = None, risk: RiskModel = DEFAULT_RISK) -> Verdict:
@@ -106,7 +108,7 @@ def _may_pass(cell: Cell, measured: Measurement, limits: Limits) -> bool:
 
 def _fault(measured: Measurement, limits: Limits) -> str | None:
     deviation = measured.deviation
-    bound = limits.deviation_bound(deviation.noise)
+    bound = limits.deviation_bound(deviation)
     if not deviation.error <= bound:
         return (
             f"stored KV is not what the model computes: a relative error of {deviation.error:.2g} in "

@@ -103,18 +103,19 @@ def audit(kvblend: KVBlend, documents: Sequence[str | TokenIds]) -> Deviation:
 def compare(kvblend: KVBlend, chunks: Sequence[tuple[str, TokenIds]]) -> Deviation:
     """As ``audit``, of chunks that are stored already, by key and token ids."""
     engine = kvblend.engine
-    worst, noise, where = 0.0, 0.0, "nothing"
+    worst, noise, moved, where = 0.0, 0.0, 0.0, "nothing"
     for key, tokens in chunks:
         engine.run(engine.reset_prefix_cache())
         for rank in engine.run(engine.call("audit", key, tokens.tolist())):
             if "fault" in rank:
                 return Deviation(error=float("inf"), noise=noise, where=rank["fault"], chunks=len(chunks))
             noise = max(noise, *(half for layer in rank["noise"] for half in layer))
+            moved = max(moved, *(half for layer in rank["moved"] for half in layer))
             for number, layer in enumerate(rank["stored"]):
                 for half, error in zip(("keys", "values"), layer, strict=True):
                     if not error <= worst:  # also what is not a number
                         worst, where = error, f"the {half} of layer {number}, chunk {key}"
-    return Deviation(error=worst, noise=noise, where=where, chunks=len(chunks))
+    return Deviation(error=worst, noise=noise, moved=moved, where=where, chunks=len(chunks))
 
 
 def _sample(kvblend: KVBlend, documents: Sequence[str | TokenIds]) -> list[tuple[str, TokenIds]]:

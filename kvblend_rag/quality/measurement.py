@@ -31,6 +31,8 @@ class Deviation:
     error: float
     noise: float
     """The largest between two computations of the same tokens by the model alone."""
+    moved: float = 0.0
+    """The largest of the values alone, computed by the model at the two positions."""
     where: str = ""
     """Which half, layer and chunk."""
     chunks: int = 0

@@ -66,7 +66,7 @@ def measure(family: str, eager: bool, folder: Path) -> dict:
         skip_tokenizer_init=True,
         max_model_len=8192,
         max_num_batched_tokens=2048,
-        gpu_memory_utilization=0.5,
+        gpu_memory_utilization=0.15,
     ) as llm:
         engine = llm.kvblend.engine
         found["refusal"] = engine.info.refusal

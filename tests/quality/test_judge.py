@@ -66,6 +66,9 @@ def test_stored_kv_that_is_not_the_models_is_refused_whatever_the_answers(error)
 def test_a_noisy_dtype_is_no_fault():
     noisy = Deviation(error=0.08, noise=0.03, where="the keys of layer 30", chunks=8)
     assert judge(measured(dtype="bfloat16", deviation=noisy)).accepted
+    routed = Deviation(error=0.08, noise=0.001, moved=0.05, where="the keys of layer 3", chunks=8)
+    assert judge(measured(dtype="bfloat16", deviation=routed)).accepted
+    assert not judge(measured(dtype="bfloat16", deviation=dataclasses.replace(routed, error=0.11))).accepted
 
 
 def test_everything_recomputed_must_be_a_full_prefill():

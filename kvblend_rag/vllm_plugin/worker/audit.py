@@ -62,7 +62,9 @@ class Audit:
             token_ids: the whole chunk's.
 
         Returns:
-            ``stored``: loaded against computed; ``noise``: computed once in one piece and once in two.
+            ``stored``: loaded against computed; ``noise``: computed once in one piece and once in two; ``moved``:
+            values alone, ``[values]`` a layer, computed where the chunk was stored and where it is loaded. These
+            know nothing of positions, so they differ by rounding: in experts at a near tie, or eight bits.
 
         Raises:
             ChunkDamaged: the chunk has another shape than this model's.
@@ -78,6 +80,8 @@ class Audit:
         whole = np.concatenate([self._context, tokens])
         here, there = self._blocks(1, len(whole)), self._blocks(1 + self._blocks_of(len(whole)), len(whole))
         moved = place - ahead
+        self._forward.run([Row(whole, here, 0, len(whole))])
+        unmoved = [values for _, values in self._read(here, ahead, len(whole))]
         self._forward.run([Row(whole, here, 0, len(whole))], position_offset=moved)
         computed = self._read(here, ahead, len(whole))
         half = ahead + count // 2
@@ -89,7 +93,11 @@ class Audit:
         self._loader.place(self._paged.host_slots(there, torch.arange(count)), Turns(plan, ahead, self._paged.upload))
         self._loader.wait_for_all()
         loaded = self._read(there, 0, count)
-        return {"stored": _errors(loaded, computed), "noise": _errors(again, computed)}
+        return {
+            "stored": _errors(loaded, computed),
+            "noise": _errors(again, computed),
+            "moved": _errors([[values] for values in unmoved], [[values] for _, values in computed]),
+        }
 
     def _read(self, blocks: BlockIds, start: int, stop: int) -> list[list[torch.Tensor]]:
         """By layer: keys and values of positions ``[start, stop)``, copied."""

@@ -115,6 +115,8 @@ class DirectLoader(Loader):
         plan, chunks = self._fetched
         device_slots = slots.to(self._paged.device)
         wanted = device_slots >= 0
+        if not wanted.any():  # a kernel that has nothing to write can't be launched
+            return
         for index, layer in enumerate(self._paged.layers):
             keys, values = rotated(plan, chunks, turns, index, layer, self._paged.device)
             self._paged.write(layer, keys[wanted], values[wanted], device_slots[wanted])

@@ -41,6 +41,7 @@ from kvblend_rag.vllm_plugin.worker.forward import ScatteredForward
 from kvblend_rag.vllm_plugin.worker.hot_chunks import HotChunks
 from kvblend_rag.vllm_plugin.worker.identity import fingerprint
 from kvblend_rag.vllm_plugin.worker.loader import DirectLoader, Loader
+from kvblend_rag.vllm_plugin.worker.page_locking import lock_pages_by_threads
 from kvblend_rag.vllm_plugin.worker.paged_kv import PagedKV
 from kvblend_rag.vllm_plugin.worker.ranks import Ranks
 from kvblend_rag.vllm_plugin.worker.rehearsal import Rehearsal, Shelf
@@ -271,6 +272,7 @@ class WorkerSide:
                 # For tables of a prompt's length, threads cost ten times what they save; vLLM's executor of several
                 # GPUs does the same.
                 torch.set_num_threads(1)
+                lock_pages_by_threads()
             layers = survey_layers(self._runner)
             self._paged = PagedKV(layers, int(self._vllm_config.cache_config.block_size))
             forward = ScatteredForward(self._runner, self._paged)
