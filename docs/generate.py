@@ -583,9 +583,12 @@ FAMILIES = {
     "mixtral": "Mixtral",
     "gpt-oss": "gpt-oss (sinks, windows, experts)",
     "llama4": "Llama 4 (chunked attention, layers without RoPE, experts)",
-    "deepseek-v2": "DeepSeek V2 (MLA, experts); V3 and Kimi K2 share its attention",
+    "deepseek-v2": "DeepSeek V2 (MLA, experts)",
+    "deepseek-v3": "DeepSeek V3, Kimi K2 (MLA, queries' latent, experts)",
     "paddleocr-vl": "PaddleOCR-VL, text alone (M-RoPE)",
     "gpt2": "GPT-2 (learned positions)",
+    "jamba": "Jamba (state space beside attention)",
+    "qwen3-next": "Qwen 3 Next (linear attention beside full)",
     "mamba": "Mamba",
     "lfm2": "LFM2 (short convolutions)",
 }
@@ -608,6 +611,8 @@ _SETUPS = {
     "models-gpu": "FlashAttention 3",
     "models-gpu-triton": "Triton",
     "models-gpu-flex": "FlexAttention",
+    "models-gpu-float32": "Triton, float32",
+    "models-gpu-fp8-weights": "FlashAttention 3, FP8 weights",
     "models-gpu-fp8": "FP8 KV cache",
 }
 

@@ -55,6 +55,22 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 512,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 512}
+_DEEPSEEK_V2 = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "tie_word_embeddings": False,
+}
 _LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10_000.0,
@@ -184,23 +200,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     # A latent of 512 dimensions and 64 turned ones stand for all heads' keys and values (MLA).
-    "deepseek-v2": (
-        "DeepseekV2Config",
+    "deepseek-v2": ("DeepseekV2Config", _DEEPSEEK_V2),
+    # Queries through a latent too, experts chosen by groups, and frequencies stretched by DeepSeek's own YaRN.
+    "deepseek-v3": (
+        "DeepseekV3Config",
         {
-            "num_key_value_heads": 4,
-            "kv_lora_rank": 512,
-            "q_lora_rank": None,
-            "qk_rope_head_dim": 64,
-            "qk_nope_head_dim": 128,
-            "v_head_dim": 128,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_shared_experts": 1,
-            "moe_intermediate_size": 64,
-            "first_k_dense_replace": 1,
-            "n_group": 1,
+            **_DEEPSEEK_V2,
+            "q_lora_rank": 64,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "n_group": 2,
             "topk_group": 1,
-            "tie_word_embeddings": False,
+            "rope_scaling": {**_YARN, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
     # Text alone, of a model that sees: three rows of positions (M-RoPE), which are the same here.
@@ -228,6 +239,25 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {"n_positions": POSITIONS}),
     # vLLM runs this one through Transformers' own code, whose frequencies then grow with the prompt.
     "olmo2-dynamic": ("Olmo2Config", {"rope_scaling": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}}),
+    "jamba": (
+        "JambaConfig",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 16, "mamba_dt_rank": 8},
+    ),
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        {
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "head_dim": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+        },
+    ),
     "mamba": ("MambaConfig", {"state_size": 16, "num_hidden_layers": 2}),
     # Short convolutions, whose state is no KV, and two layers of attention.
     "lfm2": (
@@ -243,13 +273,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 # vLLM's arguments that a family needs.
-ARGUMENTS: dict[str, dict[str, Any]] = {
+_LATENT_ARGUMENTS = {
     # Blocks hold 16 tokens there. vLLM's own kernel for rotary embeddings on a CPU takes keys that are a slice of
     # something larger for whole ones, and turns tokens by others' positions; the start-up check refuses it.
-    "deepseek-v2": {
-        "num_gpu_blocks_override": 512,
-        "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
-    },
+    "num_gpu_blocks_override": 512,
+    "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
+}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "deepseek-v2": _LATENT_ARGUMENTS,
+    "deepseek-v3": _LATENT_ARGUMENTS,
     "paddleocr-vl": {"limit_mm_per_prompt": {"image": 0, "video": 0}},
     # vLLM computes with these in sixteen bits alone.
     "llama-gptq": {"dtype": "bfloat16"},

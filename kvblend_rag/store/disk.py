@@ -132,7 +132,7 @@ class DiskStore(ChunkStore):
                 # under the lock: nobody renews the first between our look and its end
                 with self._layout.lock():
                     key = self._usage.first()
-                    if key is None:
+                    if key is None or self._usage.total <= max_bytes:  # some had gone already
                         break
                     self._remove([key])
                 self._usage.update(key)

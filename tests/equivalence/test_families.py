@@ -40,6 +40,7 @@ FULL = (
     "llama4",
     "paddleocr-vl",
     "deepseek-v2",
+    "deepseek-v3",
     "deepseek-moe",
 )
 
@@ -56,7 +57,7 @@ def _cases():
 @pytest.fixture(scope="module", params=_cases())
 def rig(request, rigs, amx):
     family, compiled = request.param
-    if family == "deepseek-v2" and amx:
+    if family in ("deepseek-v2", "deepseek-v3") and amx:
         pytest.skip("vLLM's latent attention on a CPU with AMX takes no float32")
     if (family, compiled) == ("llama", False):
         return rigs.get(family, blocks=24, local_device="disk")

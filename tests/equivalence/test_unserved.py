@@ -13,6 +13,8 @@ REFUSED = [
     pytest.param("mistral-sliding", "all its layers see 256 tokens only", id="mistral-sliding"),
     pytest.param("embedding", "not a generating model", id="embedding", marks=pytest.mark.full),
     pytest.param("mamba", "state-space layers", id="mamba", marks=pytest.mark.full),
+    pytest.param("jamba", "state-space layers", id="jamba", marks=pytest.mark.full),
+    pytest.param("qwen3-next", "state-space layers", id="qwen3-next", marks=pytest.mark.full),
     pytest.param("lfm2", "state-space layers", id="lfm2", marks=pytest.mark.full),
     pytest.param("gpt-oss", "attention sinks are not served on a CPU", id="gpt-oss", marks=pytest.mark.full),
     # Positions are learned, and in keys and values alike: only the start-up check can know.

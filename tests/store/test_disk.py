@@ -37,6 +37,16 @@ def test_put_get_delete(root, make, same):
         store.get(make(1).key)
 
 
+def test_none_leaves_for_those_that_had_gone_already(root, make):
+    store = DiskStore(root, max_bytes=3 * FILE)
+    for number in (1, 2, 3):
+        store.put(make(number))
+    store._usage._due = float("inf")  # what others do is not seen by a scan
+    DiskStore(root).delete([make(1).key])
+    store.put(make(4))
+    assert [store.contains(make(number).key) for number in (1, 2, 3, 4)] == [False, True, True, True]
+
+
 def test_a_damaged_chunk_is_put_aside_with_its_row(root, make, opened, ingest):
     store, catalogue = opened()
     ingest(store, catalogue, make(1), "doc")
