@@ -36,7 +36,7 @@ class TierLoad:
     tier: str
     chunks: int
     bytes: int
-    """Of KV, decoded; with tensor parallelism the reporting rank's share."""
+    """Of KV, encoded where the GPU decodes it; with tensor parallelism the reporting rank's share."""
     milliseconds: float
     """To read them, and to keep them in faster tiers; reads at the same time count each."""
 

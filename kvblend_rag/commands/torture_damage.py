@@ -82,7 +82,7 @@ def _damages(root: Path) -> Iterator[str | None]:
         else:
             yield f"{name}: was read"
     store.put(chunk)
-    yield None if torch.equal(store.get(chunk.key), chunk.kv) else "renewed: another chunk is read"
+    yield None if torch.equal(store.get(chunk.key), chunk.decoded()) else "renewed: another chunk is read"
 
 
 def _gone(root: Path) -> Iterator[str | None]:
@@ -96,7 +96,7 @@ def _gone(root: Path) -> Iterator[str | None]:
     yield _refused("writing", lambda: store.put(make(2)))
     yield None if not root.exists() else "a folder was made where the device was"
     os.rename(away, root)
-    yield None if torch.equal(store.get(make(1).key), make(1).kv) else "another chunk is read"
+    yield None if torch.equal(store.get(make(1).key), make(1).decoded()) else "another chunk is read"
     put_and_list(store, catalogue, [make(2)], _SHARD)
     yield None if check(root).ok else "the store is not whole"
     store.close()
@@ -117,7 +117,7 @@ def _full(root: Path) -> Iterator[str | None]:
     except StoreError as error:
         yield f"a full device is reported as: {error}"
     for number in kept:
-        yield None if torch.equal(store.get(make(number).key), make(number).kv) else f"chunk {number} is another"
+        yield None if torch.equal(store.get(make(number).key), make(number).decoded()) else f"chunk {number} is another"
     yield None if not list(StoreLayout(root).chunks.rglob("*.tmp")) else "something half-written stayed"
     store.delete([make(number).key for number in kept[: len(kept) // 2]])
     put_and_list(store, catalogue, [make(kept[0])], _SHARD)
@@ -131,14 +131,14 @@ def _read_only(root: Path) -> Iterator[str | None]:
     store.put(make(1))
     subprocess.run(["mount", "-o", "remount,ro", root], check=True, capture_output=True)
     try:
-        yield None if torch.equal(store.get(make(1).key), make(1).kv) else "another chunk is read"
+        yield None if torch.equal(store.get(make(1).key), make(1).decoded()) else "another chunk is read"
         yield _refused("writing", lambda: store.put(make(2)))
         yield _refused("deleting", lambda: store.delete([make(1).key]))
         yield _refused("listing", lambda: Catalogue(root))
     finally:
         subprocess.run(["mount", "-o", "remount,rw", root], check=True, capture_output=True)
     store.put(make(2))
-    yield None if torch.equal(store.get(make(2).key), make(2).kv) else "another chunk is read"
+    yield None if torch.equal(store.get(make(2).key), make(2).decoded()) else "another chunk is read"
     store.close()
 
 
@@ -157,7 +157,7 @@ def _flipped(whole: bytes, at: int) -> bytes:
 
 
 def _short(chunk: StoredChunk) -> StoredChunk:
-    return StoredChunk(chunk.key, chunk.namespace, chunk.token_ids[:_SHORT], chunk.kv[:, :, :_SHORT])
+    return StoredChunk(chunk.key, chunk.namespace, chunk.token_ids[:_SHORT], chunk.decoded()[:, :, :_SHORT])
 
 
 __all__ = ["run"]

@@ -206,7 +206,7 @@ def _verify(root: Path, state: _State, found: dict[str, Any], mended: Counter[st
     store = DiskStore(root, catalogue=catalogue)
     for number in state.required:
         try:
-            same = torch.equal(store.get(make(number).key), make(number).kv)
+            same = torch.equal(store.get(make(number).key), make(number).decoded())
         except StoreError as error:
             yield f"an acknowledged chunk can't be read: {error}"
         else:

@@ -24,7 +24,7 @@ class PagedCaches:
         self._caches = list(caches)  # what the addresses point to must not go
         like = self._caches[0]
         self.heads, self.block_size, self.dim = like.shape[1], like.shape[2], like.shape[3] // 2
-        self.strides = like.stride()[:3]
+        self.strides, self.dtype = like.stride()[:3], like.dtype
         if any(cache.stride() != like.stride() or cache.dtype != like.dtype for cache in self._caches):
             raise ValueError("the layers' caches are not alike")
         if any(cache.data_ptr() % _ALIGNMENT for cache in self._caches):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kvblend_rag.blend.chunk import TokenIds
+from kvblend_rag.store.encoded import KV, EncodedKV
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +20,12 @@ class StoredChunk:
     namespace: str
     token_ids: TokenIds
     """int32, shape (tokens,)."""
-    kv: torch.Tensor
-    """Shape (layers, 2, tokens, kv_heads, head_dim), on the host."""
+    kv: KV
+    """Shape (layers, 2, tokens, kv_heads, head_dim), on the host; encoded where a GPU will decode it."""
+
+    def decoded(self) -> torch.Tensor:
+        """The KV, decoded."""
+        return self.kv.decode() if isinstance(self.kv, EncodedKV) else self.kv
 
 
 class ChunkStore(ABC):
@@ -28,7 +33,7 @@ class ChunkStore(ABC):
 
     A chunk's KV is one tensor of shape ``(layers, 2, tokens, kv_heads, head_dim)``: keys then values,
     keys as they stand in vLLM's cache (rotated to the positions at which they were computed), in the
-    dtype of the cache, on the host. With tensor parallelism it holds the rank's own heads.
+    dtype of the cache or encoded for it, on the host. With tensor parallelism it holds the rank's own heads.
     """
 
     name: str
@@ -59,8 +64,8 @@ class ChunkStore(ABC):
         """
 
     def get(self, key: str) -> torch.Tensor:
-        """A chunk's KV alone; raises what ``read`` raises."""
-        return self.read(key).kv
+        """A chunk's KV alone, decoded; raises what ``read`` raises."""
+        return self.read(key).decoded()
 
     @abstractmethod
     def contains(self, key: str) -> bool:

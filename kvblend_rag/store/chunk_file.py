@@ -24,7 +24,8 @@ from blake3 import blake3
 
 from kvblend_rag.errors import ChunkDamaged, ChunkMissing, StoreError
 from kvblend_rag.store.base import StoredChunk
-from kvblend_rag.store.encoding import ENCODINGS, decode, encode, round_trip
+from kvblend_rag.store.encoded import KV, EncodedKV, Place, encoded
+from kvblend_rag.store.encoding import ENCODINGS, Encoding, Tensors, encode, round_trip
 from kvblend_rag.store.layout import Shard, StoreLayout, mark_used, store_error, sync_folder
 from kvblend_rag.store.seal import Sealed
 
@@ -52,27 +53,28 @@ _SEALED = " sealed "
 
 
 def encode_chunk(layout: StoreLayout, chunk: StoredChunk, shard: Shard) -> list[memoryview]:
-    """The bytes of a chunk's file, in parts that aren't copied together.
+    """The bytes of a chunk's file, in parts that aren't copied together; what is encoded stays as it is.
 
     Raises:
         StoreError: no chunk: another shape or dtype, or on a device.
     """
-    kv = chunk.kv.detach().contiguous()
+    kv = chunk.kv
     token_ids = np.ascontiguousarray(chunk.token_ids, dtype="<i4")
     if kv.device.type != "cpu" or kv.dtype not in _CACHE_DTYPES:
         known = ", ".join(map(str, _CACHE_DTYPES))
         raise StoreError(f"A {kv.dtype} tensor on {kv.device} can't be stored: give one of {known} on the host.")
-    if kv.ndim != 5 or kv.shape[1] != 2 or token_ids.shape != (kv.shape[2],):
+    if len(kv.shape) != 5 or kv.shape[1] != 2 or token_ids.shape != (kv.shape[2],):
         raise StoreError(
             f"KV of shape {tuple(kv.shape)} for {token_ids.size} tokens can't be stored: "
             "it must be (layers, 2, tokens, kv_heads, head_dim)."
         )
-    parts = [_part(name, tensor) for name, tensor in encode(kv, layout.encoding).items()]
+    encoding, tensors = _tensors(kv, layout.encoding)
+    parts = [_part(name, tensor) for name, tensor in tensors.items()]
     parts.append(("token_ids", "I32", list(token_ids.shape), token_ids.data.cast("B")))
-    if layout.encoding != "none":
+    if encoding != "none":
         # so that each tensor begins where its dtype may be read, which the format doesn't pad for
         parts.sort(key=lambda part: -_WIDTHS[part[1]])
-    format = f"{layout.version}" if layout.encoding == "none" else f"{layout.version} {layout.encoding}"
+    format = f"{layout.version}" if encoding == "none" else f"{layout.version} {encoding}"
     plain = _encoded(format, chunk, shard, parts, dtype=_DTYPE_NAMES[kv.dtype])
     if layout.seal is None:
         return plain
@@ -83,9 +85,16 @@ def encode_chunk(layout: StoreLayout, chunk: StoredChunk, shard: Shard) -> list[
 
 def as_stored(layout: StoreLayout, chunk: StoredChunk) -> StoredChunk:
     """The chunk as it will be read back, which an encoding makes another than it was computed."""
-    if layout.encoding == "none":
+    if isinstance(chunk.kv, EncodedKV):
         return chunk
-    return dataclasses.replace(chunk, kv=round_trip(chunk.kv, layout.encoding))
+    read = round_trip if layout.decoding else encoded
+    return dataclasses.replace(chunk, kv=read(chunk.kv, layout.encoding))
+
+
+def _tensors(kv: KV, encoding: Encoding) -> tuple[Encoding, Tensors]:
+    if isinstance(kv, EncodedKV):
+        return kv.encoding, kv.tensors
+    return encoding, encode(kv.detach().contiguous(), encoding)
 
 
 def _part(name: str, tensor: torch.Tensor) -> _Part:
@@ -199,15 +208,21 @@ def _decoded(layout: StoreLayout, raw: torch.Tensor, path: Path | str, key: str,
     encoding = metadata["format"].partition(" ")[2] or "none"
     if encoding not in ENCODINGS:
         raise _damaged(path, f"has the encoding {encoding}, which this release does not read")
-    tensors = {
-        name: _slice(raw, entry, start).view(_DTYPES[entry["dtype"]]).view(entry["shape"])
-        for name, entry in header.items()
-        if name not in ("__metadata__", "token_ids")
+    places = {
+        name: _place(raw, entry, start) for name, entry in header.items() if name not in ("__metadata__", "token_ids")
     }
-    kv = decode(tensors, encoding, _DTYPES[metadata.get("dtype", "F32")])
-    if kv.ndim != 5 or kv.shape[1] != 2 or len(token_ids) != 4 * kv.shape[2]:
+    kv = _kv(raw[start:], places, encoding, _DTYPES[metadata.get("dtype", "F32")], layout.decoding)
+    if len(kv.shape) != 5 or kv.shape[1] != 2 or len(token_ids) != 4 * kv.shape[2]:
         raise ValueError(f"KV of shape {tuple(kv.shape)}")
     return StoredChunk(key, str(metadata["namespace"]), np.frombuffer(token_ids, dtype="<i4"), kv)
+
+
+def _kv(buffer: torch.Tensor, places: dict[str, Place], encoding: Encoding, dtype: torch.dtype, decoding: bool) -> KV:
+    if encoding == "none":
+        start, dtype, shape = places["kv"]
+        return buffer[start : start + places["kv"].nbytes].view(dtype).view(shape)
+    kv = EncodedKV(encoding, dtype, buffer, places)
+    return kv.decode() if decoding else kv
 
 
 def _write_file(path: Path, parts: list[memoryview]) -> None:
@@ -267,6 +282,14 @@ def _slice(raw: torch.Tensor, entry: dict[str, Any], start: int) -> torch.Tensor
     if not 0 <= first <= last <= raw.numel() - start:
         raise ValueError(f"a tensor from {first} to {last}")
     return raw[start + first : start + last]
+
+
+def _place(raw: torch.Tensor, entry: dict[str, Any], start: int) -> Place:
+    place = Place(entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    sizes = all(type(size) is int and size >= 0 for size in place.shape)
+    if not sizes or _slice(raw, entry, start).numel() != place.nbytes:
+        raise ValueError(f"a tensor of shape {place.shape} in {entry['data_offsets']}")
+    return place
 
 
 def _context(key: str, shard: Shard) -> bytes:

@@ -15,11 +15,14 @@ Encoding: TypeAlias = Literal["none", "fp8", "int8", "int4"]
 ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 
 Tensors: TypeAlias = dict[str, torch.Tensor]
+Shape: TypeAlias = tuple[int, int, int, int, int]
+"""Of KV: layers, 2, tokens, kv_heads, head_dim."""
 
 WHOLE_TOKENS = 4
 """Tokens at the start of a chunk that int4 keeps as computed."""
-_GROUP = 32
+GROUP = 32
 """Values that share a scale and an offset in int4: tokens of a key's channel, channels of a token's value."""
+_CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 _LARGEST = {"fp8": 448.0, "int8": 127.0}
 _TOKENS, _CHANNELS = 1, 3
 _SMALLEST = 1e-12
@@ -44,7 +47,7 @@ def encode(kv: torch.Tensor, encoding: Encoding) -> Tensors:
     for name, part, along in (("keys", keys, _TOKENS), ("values", values, _CHANNELS)):
         scale = part.float().abs().amax(along, keepdim=True).clamp_min(_SMALLEST) / _LARGEST[encoding]
         scaled = part.float() / scale
-        tensors[name] = scaled.round().to(torch.int8) if encoding == "int8" else scaled.to(torch.float8_e4m3fn)
+        tensors[name] = (scaled.round() if encoding == "int8" else scaled).to(_CODES[encoding])
         tensors[f"{name}_scale"] = scale
     return tensors
 
@@ -67,11 +70,33 @@ def decode(tensors: Tensors, encoding: Encoding, dtype: torch.dtype) -> torch.Te
         parts = [keys[:, : values.shape[1]], values]
         return torch.cat([whole, torch.stack(parts, 1).to(dtype)], 2)
     layers, *rest = tensors["keys"].shape
-    kv = torch.empty((layers, 2, *rest), dtype=dtype)
+    kv = torch.empty((layers, 2, *rest), dtype=dtype, device=tensors["keys"].device)
     for index, name in enumerate(("keys", "values")):
         codes = tensors[name].float() if encoding == "fp8" else tensors[name]
         torch.mul(codes, tensors[f"{name}_scale"], out=kv[:, index])  # in one pass, straight to where it belongs
     return kv
+
+
+def kept_as(shape: Shape, encoding: Encoding, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of the tensors that an encoding makes of KV, by name, each with the layers first; not of none."""
+    layers, two, tokens, heads, dim = shape
+    codes = _CODES[encoding]
+    if encoding != "int4":
+        whole, channels, rows = (layers, tokens, heads, dim), (layers, 1, heads, dim), (layers, tokens, heads, 1)
+        scales = torch.float32
+        return {
+            "keys": (codes, whole),
+            "keys_scale": (scales, channels),
+            "values": (codes, whole),
+            "values_scale": (scales, rows),
+        }
+    rest = max(tokens - WHOLE_TOKENS, 0)
+    keys, values = (layers, heads, dim, -(-rest // GROUP)), (layers, rest, heads, -(-dim // GROUP))
+    kept: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"whole": (dtype, (layers, two, tokens - rest, heads, dim))}
+    for name, groups in (("keys", keys), ("values", values)):
+        kept[name] = codes, (*groups, GROUP // 2)
+        kept |= {f"{name}_{part}": (torch.float16, (*groups, 1)) for part in ("scale", "offset")}
+    return kept
 
 
 def round_trip(kv: torch.Tensor, encoding: Encoding) -> torch.Tensor:
@@ -103,10 +128,21 @@ def _grouped(part: torch.Tensor, along: int) -> torch.Tensor:
     """The values in groups of 32 along tokens or channels, the last group filled up with its last value."""
     if along == _TOKENS:
         part = part.permute(0, 2, 3, 1)
-    short = -part.shape[-1] % _GROUP
+    short = -part.shape[-1] % GROUP
     if short and part.shape[-1]:
         part = torch.cat([part, part[..., -1:].expand(*part.shape[:-1], short)], -1)
-    return part.reshape(*part.shape[:-1], part.shape[-1] // _GROUP, _GROUP)
+    return part.reshape(*part.shape[:-1], part.shape[-1] // GROUP, GROUP)
 
 
-__all__ = ["ENCODINGS", "WHOLE_TOKENS", "Encoding", "decode", "encode", "round_trip"]
+__all__ = [
+    "ENCODINGS",
+    "GROUP",
+    "WHOLE_TOKENS",
+    "Encoding",
+    "Shape",
+    "Tensors",
+    "decode",
+    "encode",
+    "kept_as",
+    "round_trip",
+]

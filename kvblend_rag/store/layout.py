@@ -63,6 +63,8 @@ class StoreLayout:
     """Encrypts chunk files and token ids; with it, nothing is read that it did not seal."""
     eviction: Eviction = "lru"
     """Which chunks leave a full disk first; their files' times of modification tell (``eviction``)."""
+    decoding: bool = True
+    """Whether KV is decoded when it is read; a GPU decodes it while it loads, and takes it as it lies."""
 
     @classmethod
     def of(cls, root: str | Path | StoreLayout) -> StoreLayout:

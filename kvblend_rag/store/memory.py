@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from kvblend_rag.errors import ChunkMissing
 from kvblend_rag.store.base import ChunkStore, StoredChunk
+from kvblend_rag.store.encoded import EncodedKV
 from kvblend_rag.store.eviction import Eviction, Queue, after_use
 from kvblend_rag.store.layout import checked_key
 
@@ -21,7 +22,7 @@ class MemoryStore(ChunkStore):
     A chunk larger than the bound is silently not kept; with ``max_bytes`` 0 none is.
 
     Args:
-        max_bytes: bound on the KV held.
+        max_bytes: bound on the KV held, encoded where it is.
         pin: keep page-locked copies, from which a GPU loads asynchronously; needs CUDA.
         eviction: which chunks leave first.
     """
@@ -78,7 +79,7 @@ class MemoryStore(ChunkStore):
                 self._drop(key)
 
     def nbytes(self) -> int:
-        """Bytes of KV in memory."""
+        """Bytes of KV in memory, encoded where it is."""
         with self._lock:
             return self._nbytes
 
@@ -99,8 +100,10 @@ class MemoryStore(ChunkStore):
         if self._pin:
             return dataclasses.replace(chunk, kv=chunk.kv.pin_memory())
         # a small view would keep all of a large tensor alive, unseen by the bound
-        if chunk.kv.untyped_storage().nbytes() > _SLACK * chunk.kv.nbytes + 4_096:
-            return dataclasses.replace(chunk, kv=chunk.kv.clone())
+        held = chunk.kv.buffer if isinstance(chunk.kv, EncodedKV) else chunk.kv
+        if held.untyped_storage().nbytes() > _SLACK * held.nbytes + 4_096:
+            own = held.clone()
+            return dataclasses.replace(chunk, kv=chunk.kv.moved(own) if isinstance(chunk.kv, EncodedKV) else own)
         return chunk
 
     def _now(self) -> int:

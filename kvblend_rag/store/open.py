@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlunsplit
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
 _GIB = 1 << 30
 
 
-def open_store(config: BlendConfig, shard: Shard = (0, 1), pin: bool = False) -> TieredStore:
+def open_store(config: BlendConfig, shard: Shard = (0, 1), pin: bool = False, decoding: bool = True) -> TieredStore:
     """The chunk store: ``cpu`` puts host memory in front of the disk, and ``remote`` tiers stand behind it.
 
     Args:
         config: where, and how large.
         shard: tensor-parallel (rank, size).
         pin: keep the chunks in memory page-locked; needs CUDA.
+        decoding: give KV decoded, and hold it so; else as it lies in files (``EncodedKV``).
 
     Raises:
         StoreError: the folder or its catalogue can't be made or read.
@@ -40,12 +42,12 @@ def open_store(config: BlendConfig, shard: Shard = (0, 1), pin: bool = False) ->
     tiers: list[ChunkStore] = []
     if config.local_device == "cpu":
         tiers.append(MemoryStore(int(config.max_memory_gb * _GIB), pin=pin, eviction=config.eviction))
-    remote = open_remote(config, shard)
+    remote = open_remote(config, shard, decoding)
     catalogue = open_catalogue(config)
     # what leaves the disk may still stand in a remote tier, so its row is then not the disk's to drop
     tiers.append(
         DiskStore(
-            layout_of(config),
+            dataclasses.replace(layout_of(config), decoding=decoding),
             shard=shard,
             max_bytes=int(config.max_disk_gb * _GIB),
             catalogue=None if remote else catalogue,
@@ -54,13 +56,18 @@ def open_store(config: BlendConfig, shard: Shard = (0, 1), pin: bool = False) ->
     return TieredStore([*tiers, *remote], catalogue=catalogue if remote else None)
 
 
-def open_remote(config: BlendConfig, shard: Shard = (0, 1)) -> list[RemoteStore]:
+def open_remote(config: BlendConfig, shard: Shard = (0, 1), decoding: bool = True) -> list[RemoteStore]:
     """The remote tiers, the fastest first; nothing is asked of the servers yet.
+
+    Args:
+        config: which, and how large.
+        shard: tensor-parallel (rank, size).
+        decoding: as ``open_store`` takes it.
 
     Raises:
         ConfigError: a client's package is missing, or an address can't be used.
     """
-    layout = layout_of(config)
+    layout = dataclasses.replace(layout_of(config), decoding=decoding)
     return [_open_remote(RemoteAddress.parse(url), layout, shard) for url in config.remote]
 
 

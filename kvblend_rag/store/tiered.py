@@ -8,13 +8,12 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
 from kvblend_rag.blend.choice import READS_AT_ONCE
 from kvblend_rag.errors import ChunkDamaged, ChunkMissing, StoreError
 from kvblend_rag.report import TierLoad
 from kvblend_rag.store.base import ChunkStore, StoredChunk
 from kvblend_rag.store.catalogue import Catalogue
+from kvblend_rag.store.encoded import KV
 from kvblend_rag.store.memory import MemoryStore
 
 
@@ -73,12 +72,12 @@ class TieredStore(ChunkStore):
         """A chunk from the fastest tier that holds it, which then stands in all faster ones."""
         return self._read(key)[0]
 
-    def get_with_tier(self, key: str) -> tuple[torch.Tensor, str]:
+    def get_with_tier(self, key: str) -> tuple[KV, str]:
         """A chunk's KV and the name of the tier it came from; raises what ``read`` raises."""
         chunk, tier = self._read(key)
         return chunk.kv, tier
 
-    def get_many(self, keys: Iterable[str], loads: list[TierLoad] | None = None) -> dict[str, tuple[torch.Tensor, str]]:
+    def get_many(self, keys: Iterable[str], loads: list[TierLoad] | None = None) -> dict[str, tuple[KV, str]]:
         """``get_with_tier`` of several chunks, by key, in the order given.
 
         What no tier of this machine holds is fetched at the same time: a server that is far away is waited for once,
@@ -90,13 +89,13 @@ class TieredStore(ChunkStore):
         """
         keys, reads = list(dict.fromkeys(keys)), _Reads()
 
-        def get(key: str) -> tuple[torch.Tensor, str]:
+        def get(key: str) -> tuple[KV, str]:
             chunk, tier = self._read(key, reads)
             return chunk.kv, tier
 
         near = [tier for tier in self.tiers if not tier.remote]
         far = [key for key in keys if not any(tier.contains(key) for tier in near)]
-        fetched: dict[str, tuple[torch.Tensor, str]] = {}
+        fetched: dict[str, tuple[KV, str]] = {}
         try:
             if len(far) > 1 and len(near) < len(self.tiers):
                 with ThreadPoolExecutor(min(len(far), READS_AT_ONCE)) as pool:

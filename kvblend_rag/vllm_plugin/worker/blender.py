@@ -14,6 +14,7 @@ from kvblend_rag.report import TierLoad
 from kvblend_rag.selectors import get_selector
 from kvblend_rag.selectors.base import Evidence, SelectionInput
 from kvblend_rag.selectors.spans import mask_to_ranges
+from kvblend_rag.store.encoded import KV
 from kvblend_rag.vllm_plugin.metadata import ANOTHER_RANK, DEVICE, BlendJob, Outcome
 from kvblend_rag.vllm_plugin.worker.evidence import deviation, deviation_layer, question_attention
 from kvblend_rag.vllm_plugin.worker.forward import Row, ScatteredForward
@@ -27,7 +28,7 @@ from kvblend_rag.vllm_plugin.worker.taps import Taps
 class Source(Protocol):
     """Where a blender finds chunks."""
 
-    def get_many(self, keys: Iterable[str], loads: list[TierLoad] | None = None) -> dict[str, tuple[torch.Tensor, str]]:
+    def get_many(self, keys: Iterable[str], loads: list[TierLoad] | None = None) -> dict[str, tuple[KV, str]]:
         """KV and the name of its tier by key, as ``TieredStore.get_many``."""
 
     def touch(self, key: str) -> None:
@@ -126,7 +127,7 @@ class Blender:
             return {}, {}, str(error)
         return chunks, tiers, None
 
-    def _check(self, key: str, kv: torch.Tensor, tokens: int) -> None:
+    def _check(self, key: str, kv: KV, tokens: int) -> None:
         """Refuse KV that isn't this model's, or of fewer tokens than are wanted."""
         paged, found = self._paged, tuple(kv.shape)
         shape = paged.chunk_shape(max(tokens, *found[2:3]))

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
+from kvblend_rag.store.encoded import KV, EncodedKV
+
 _REMEMBERED = 4096
 """Chunks whose first use is remembered."""
 
 
 @dataclass(frozen=True)
 class _Held:
-    kv: torch.Tensor
+    kv: KV
     arrived: torch.cuda.Event | None
     """Behind the copy that brought it; None on a CPU, where copying is done when it returns."""
 
@@ -44,13 +46,13 @@ class HotChunks:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of KV held."""
+        """Bytes of KV held, encoded where it is."""
         return self._nbytes
 
-    def take(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+    def take(self, keys: Iterable[str]) -> dict[str, KV]:
         """Those of the chunks that are here, by key: (layers, 2, tokens, kv_heads, head_dim) on the device.
 
-        A tensor stays valid for whoever holds it, also when the chunk leaves.
+        KV stays valid for whoever holds it, also when the chunk leaves.
         """
         found = {}
         for key in keys:
@@ -60,7 +62,7 @@ class HotChunks:
                 found[key] = held.kv
         return found
 
-    def offer(self, chunks: Mapping[str, torch.Tensor]) -> None:
+    def offer(self, chunks: Mapping[str, KV]) -> None:
         """Chunks that were just used from slower tiers; those asked for before are brought here.
 
         The copies wait for the work that the current stream has before it, so that they slow no request
@@ -87,19 +89,22 @@ class HotChunks:
             if key in self._held:
                 self._drop(key)
 
-    def _copied(self, kv: torch.Tensor) -> _Held:
-        if self._stream is None:
-            return _Held(kv.to(self._device, copy=True), None)
+    def _copied(self, kv: KV) -> _Held:
+        source = kv.buffer if isinstance(kv, EncodedKV) else kv
         # Allocated on the current stream: what used this memory before is ahead of us there.
-        copy = torch.empty_like(kv, device=self._device)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            copy.copy_(kv, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        # A chunk may leave again before its copy has run.
-        copy.record_stream(self._stream)
-        return _Held(copy, arrived)
+        copy = torch.empty_like(source, device=self._device)
+        arrived = None
+        if self._stream is None:
+            copy.copy_(source)
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                copy.copy_(source, non_blocking=True)
+                arrived = torch.cuda.Event()
+                arrived.record()
+            # A chunk may leave again before its copy has run.
+            copy.record_stream(self._stream)
+        return _Held(kv.moved(copy) if isinstance(kv, EncodedKV) else copy, arrived)
 
     def _drop(self, key: str) -> None:
         self._nbytes -= self._held.pop(key).kv.nbytes

@@ -14,10 +14,11 @@ import torch
 
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.blend.rope import Rotary, rotate, shift
+from kvblend_rag.store.encoded import KV, EncodedKV
 from kvblend_rag.vllm_plugin.worker.paged_kv import AttentionLayer, PagedKV
 from kvblend_rag.vllm_plugin.worker.upload import Upload
 
-Chunks = dict[str, torch.Tensor]
+Chunks = dict[str, KV]
 """By key: a chunk's KV, (layers, 2, tokens, kv_heads, head_dim) on the host or the model's device."""
 
 Turn = tuple[torch.Tensor, torch.Tensor]
@@ -62,7 +63,8 @@ def rotated(
     plan: BlendPlan, chunks: Chunks, turns: Turns, index: int, layer: AttentionLayer, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of the reused tokens at one layer, each (tokens, kv_heads, head_dim), keys rotated."""
-    parts = [chunks[run.key][index, :, run.chunk_start : run.chunk_start + run.length] for run in plan.runs]
+    at_layer = [_layer(chunks[run.key], index, device) for run in plan.runs]
+    parts = [kv[:, run.chunk_start : run.chunk_start + run.length] for kv, run in zip(at_layer, plan.runs, strict=True)]
     if len({part.device for part in parts}) > 1:
         parts = [part.to(device) for part in parts]
     keys, values = torch.cat(parts, dim=1).to(device)
@@ -72,6 +74,11 @@ def rotated(
         keys = rotate(keys, *turn, layer.rotary.interleaved)
     turns.seconds += time.perf_counter() - started
     return keys, values
+
+
+def _layer(kv: KV, index: int, device: torch.device) -> torch.Tensor:
+    """(2, tokens, kv_heads, head_dim), decoded where that is quicker."""
+    return kv.decode_layer(index, device) if isinstance(kv, EncodedKV) else kv[index]
 
 
 class Loader(ABC):

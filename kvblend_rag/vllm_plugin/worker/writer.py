@@ -101,7 +101,7 @@ def _on_host(chunk: StoredChunk, ready: torch.cuda.Event, stream: torch.cuda.Str
     with torch.cuda.stream(stream):
         stream.wait_event(ready)
         host = torch.empty(chunk.kv.shape, dtype=chunk.kv.dtype, pin_memory=True)
-        host.copy_(chunk.kv, non_blocking=True)
+        host.copy_(chunk.decoded(), non_blocking=True)
         stream.synchronize()
     return dataclasses.replace(chunk, kv=host)
 
