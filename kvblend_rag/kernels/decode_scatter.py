@@ -161,7 +161,7 @@ def _kernel(
             turned = (key.to(tl.float32) * c + sign[None, :] * other.to(tl.float32) * s).to(DTYPE)
             key = tl.where(turns[None, :], turned, key)
         # Said, since of an address out of memory the compiler can't know it, and would store piece by piece.
-        cache = tl.multiple_of(tl.load(addresses + first + layer), 16).to(tl.pointer_type(DTYPE))
+        cache = tl.multiple_of(tl.load(addresses + first + layer).to(tl.pointer_type(DTYPE)), 16)
         target = cache + (slot // block_size) * block_stride + (slot % block_size) * token_stride + head * head_stride
         tl.store(target[:, None] + dim[None, :], key, mask=inside)
         tl.store(target[:, None] + DIM + dim[None, :], value, mask=inside)

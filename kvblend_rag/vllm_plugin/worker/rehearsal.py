@@ -20,6 +20,8 @@ from kvblend_rag.blend.match import Match
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.report import TierLoad
 from kvblend_rag.selectors.base import Evidence
+from kvblend_rag.store.encoded import KV, encoded
+from kvblend_rag.store.encoding import Encoding
 from kvblend_rag.vllm_plugin.effort import effort_of
 from kvblend_rag.vllm_plugin.metadata import BlendJob, Outcome, Recipe
 from kvblend_rag.vllm_plugin.worker.evidence import shares
@@ -36,24 +38,37 @@ _LEAST_ROOM = 128
 """Tokens: a shorter context has no prompts of several chunks."""
 
 _HEADER, _QUESTION = 16, 32
+_USUAL = 256
+"""Tokens of a chunk, where its size matters."""
 _REPEATS = 4
 """The least time counts: another process disturbs some passes, hardly all."""
 
 
 class Shelf:
-    """Chunks of random KV in place of a store."""
+    """Chunks of random KV in place of a store.
 
-    def __init__(self, paged: PagedKV) -> None:
-        self._paged = paged
-        self._kv: dict[str, torch.Tensor] = {}
+    Args:
+        paged: whose chunks they are.
+        encoding: as which the store gives them.
+    """
+
+    def __init__(self, paged: PagedKV, encoding: Encoding = "none") -> None:
+        self._paged, self._encoding = paged, encoding
+        self._kv: dict[str, KV] = {}
 
     def put(self, key: str, tokens: int) -> None:
         """Keep a chunk of so many tokens."""
         paged = self._paged
-        kv = torch.zeros(paged.chunk_shape(tokens), dtype=paged.dtype).normal_()
+        kv = encoded(torch.zeros(paged.chunk_shape(tokens), dtype=paged.dtype).normal_(), self._encoding)
         self._kv[key] = kv.pin_memory() if paged.device.type == "cuda" else kv
 
-    def get_many(self, keys: Iterable[str], loads: list[TierLoad] | None = None) -> dict[str, tuple[torch.Tensor, str]]:
+    def token_bytes(self) -> int:
+        """Bytes of a token, in a chunk of a usual length."""
+        layers, *rest = self._paged.chunk_shape(_USUAL)
+        layer = encoded(torch.zeros((1, *rest), dtype=self._paged.dtype), self._encoding)
+        return layers * layer.nbytes // _USUAL
+
+    def get_many(self, keys: Iterable[str], loads: list[TierLoad] | None = None) -> dict[str, tuple[KV, str]]:
         """As ``TieredStore.get_many``."""
         return {key: (self._kv[key], "memory") for key in keys}
 
@@ -109,7 +124,7 @@ class Rehearsal:
             self._forward_pace(count),
             blend=0.0,
             placed=0.0,
-            token_bytes=self._token_bytes(),
+            token_bytes=self._shelf.token_bytes(),
             question_share=share[Evidence.QUESTION_ATTENTION],
             deviation_share=share[Evidence.DEVIATION],
         )
@@ -173,9 +188,6 @@ class Rehearsal:
     def _wait(self) -> None:
         if self._paged.device.type == "cuda":
             torch.cuda.synchronize()
-
-    def _token_bytes(self) -> int:
-        return math.prod(self._paged.chunk_shape(1)) * self._paged.dtype.itemsize
 
 
 __all__ = ["Rehearsal", "Shelf"]

@@ -3,8 +3,8 @@
 Chunks that lie on the device already are scattered from where they are.
 
 Copies go through the DMA engines in one driver call a batch (``ops.swap_blocks_batch``, cuMemcpyBatchAsync);
-a fused kernel rotates and scatters. Layers are sent off a few ahead of the one that is waited for, so that
-neither the copies nor the host time to launch them stand in front of the computation.
+a fused kernel rotates and scatters, and decodes what is encoded. Layers are sent off a few ahead of the one that is
+waited for, so that neither the copies nor the host time to launch them stand in front of the computation.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from vllm import _custom_ops as ops
 
 from kvblend_rag.blend.plan import BlendPlan
+from kvblend_rag.kernels.decode_scatter import decode_scatter
 from kvblend_rag.kernels.paged_caches import launches
 from kvblend_rag.kernels.rotate_scatter import rotate_scatter
+from kvblend_rag.store.encoded import KV
 from kvblend_rag.vllm_plugin.worker.loader import Chunks, Loader, Turn, Turns, turning
 from kvblend_rag.vllm_plugin.worker.paged_kv import PagedKV
+from kvblend_rag.vllm_plugin.worker.staging import Batch, Group, lay_out
 
 _SLOT_BYTES = 128 << 20
 """Staged at a time: a layer of 32,000 tokens of an 8B model."""
@@ -35,42 +37,16 @@ _AHEAD = 4
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Runs whose chunks are staged together, the same for every layer."""
-
-    sources: torch.Tensor
-    """(chunks,) int64: host address of each chunk's first layer."""
-    steps: torch.Tensor
-    """(chunks,) int64: bytes from one layer to the next, which is also what is copied."""
-    offsets: torch.Tensor
-    """(chunks,) int64: where each goes, in bytes from where its layer begins in a staging slot."""
-    nbytes: int
-    """Of one layer of all of them."""
-    tokens: slice
-    """Its part of the reused tokens."""
-
-
-@dataclass(frozen=True)
 class _Shipment:
     """What one scatter brings: some layers of a batch's chunks, which fill a staging slot."""
 
     layers: range
-    batch: _Batch | None
+    part: int
+    """Which batch; the first that brings anything of these layers is 0, and what lies on the device goes with it."""
+    batch: Batch | None
     """None where all chunks lie on the device."""
-    opens: bool
-    """It is the first that brings anything of these layers; what lies on the device goes with it."""
     closes: bool
-    """It is the last."""
-
-
-@dataclass(frozen=True)
-class _Resident:
-    """Reused tokens whose chunks lie on the device already; these need no staging."""
-
-    base: torch.Tensor
-    """One of the chunks: the offsets of all are counted from its first element."""
-    tokens: torch.Tensor
-    """(reused tokens,) bool, on the host."""
+    """It is the last of these layers."""
 
 
 @dataclass
@@ -78,19 +54,17 @@ class _Load:
     """A request on its way, a shipment after the other."""
 
     shipments: list[_Shipment]
-    held: list[torch.Tensor]
+    held: list[KV]
     """Chunks that must not go before they are copied or scattered."""
-    resident: _Resident | None
+    groups: list[Group]
     first_slot: int
     """Staging slot of the first shipment; the others follow in turn."""
-    keys_at: torch.Tensor = field(init=False)
-    values_at: torch.Tensor = field(init=False)
-    steps: torch.Tensor = field(init=False)
-    """(reused tokens,) int64: elements from one layer of a token to the next."""
+    tables: list[torch.Tensor] = field(default_factory=list)
+    """By group: its table, on the device."""
     copied: list[torch.cuda.Event] = field(default_factory=list)
     """Recorded behind each copy that was sent off."""
-    slots: torch.Tensor | None = None
-    resident_slots: torch.Tensor | None = None
+    slots: list[torch.Tensor] = field(default_factory=list)
+    """By group: (reused tokens,) int64, −1 also where the group's table tells of another's tokens."""
     turns: list[Turn | None] = field(default_factory=list)
     scattered: int = 0
     ready: list[torch.cuda.Event] = field(default_factory=list)
@@ -119,12 +93,18 @@ class StreamLoader(Loader):
         self._let_go()
         # Chunks that didn't come from the memory tier are pageable: no asynchronous copy reads them.
         ready = {key: kv if kv.is_cuda or kv.is_pinned() else kv.pin_memory() for key, kv in chunks.items()}
-        batches, resident, tables = self._layout(plan, ready)
-        load = _Load(self._shipments(batches), list(ready.values()), resident, self._next_slot)
-        if batches:
+        itemsize = self._paged.dtype.itemsize
+        row_bytes = self._paged.heads * self._paged.head_dim * itemsize
+        layout = lay_out(plan, ready, self._ring[0].nbytes, row_bytes, itemsize)
+        if layout.largest > self._ring[0].nbytes:
+            self._grow(layout.largest)
+        load = _Load(self._shipments(layout.batches), list(ready.values()), layout.groups, self._next_slot)
+        if layout.batches:
             self._next_slot = (self._next_slot + len(load.shipments)) % _SLOTS
         self._copy_ahead(load)
-        load.keys_at, load.values_at, load.steps = self._paged.upload(tables)
+        tables = {id(group.table): group.table for group in layout.groups}  # what is as computed may share one
+        uploaded = {name: self._paged.upload(table) for name, table in tables.items()}
+        load.tables = [uploaded[id(group.table)] for group in layout.groups]
         self._load = load
         self._in_flight.append(load)
 
@@ -132,10 +112,13 @@ class StreamLoader(Loader):
         """See :meth:`Loader.place`."""
         load = self._load
         assert load is not None
-        if load.resident is not None:
-            load.resident_slots = self._paged.upload(slots.masked_fill(~load.resident.tokens, -1))
-            slots = slots.masked_fill(load.resident.tokens, -1)
-        load.slots = self._paged.upload(slots)
+        whole = None
+        for group in load.groups:
+            if group.tokens is not None:
+                load.slots.append(self._paged.upload(slots.masked_fill(~group.tokens, -1)))
+            else:
+                whole = self._paged.upload(slots) if whole is None else whole
+                load.slots.append(whole)
         load.turns = [turns.of(layer.rotary) for layer in self._paged.layers]
         # What the tables are made of, and whoever used the blocks before, is ahead of us on this stream.
         self._scatters.wait_stream(torch.cuda.current_stream())
@@ -153,20 +136,20 @@ class StreamLoader(Loader):
         self.wait(self._paged.layers[-1].name)
         self._load = None
 
-    def _shipments(self, batches: list[_Batch]) -> list[_Shipment]:
+    def _shipments(self, batches: list[Batch]) -> list[_Shipment]:
         """What is sent off, in this order.
 
         The first layer goes alone, since the computation waits for it; then as many at once as a staging slot holds.
         """
-        parts: list[_Batch | None] = [*batches] or [None]
+        parts: list[Batch | None] = [*batches] or [None]
         room = _TOGETHER if len(parts) == 1 else 1
         if batches:
             room = max(1, min(room, self._ring[0].nbytes // batches[0].nbytes))
         turns = [turning(layer.rotary) for layer in self._paged.layers]
         return [
-            _Shipment(layers, part, opens=part is parts[0], closes=part is parts[-1])
+            _Shipment(layers, index, batch, closes=index == len(parts) - 1)
             for layers in launches(turns, room, first=1)
-            for part in parts
+            for index, batch in enumerate(parts)
         ]
 
     def _copy_ahead(self, load: _Load) -> None:
@@ -193,14 +176,13 @@ class StreamLoader(Loader):
         """Have at least the first so many layers of the request on their way."""
         while len(load.ready) < min(layers, len(self._paged.layers)):
             shipment = load.shipments[load.scattered]
-            if load.resident is not None and shipment.opens:
-                self._scatter(load, shipment.layers, 0, load.resident.base, load.resident_slots, slice(None))
+            if shipment.part == 0:
+                self._scatter(load, shipment.layers, None, 0)
             if shipment.batch is not None:
                 self._copy_ahead(load)
                 slot = (load.first_slot + load.scattered) % _SLOTS
                 self._scatters.wait_event(load.copied[load.scattered])
-                first = shipment.layers.start
-                self._scatter(load, shipment.layers, first, self._ring[slot], load.slots, shipment.batch.tokens)
+                self._scatter(load, shipment.layers, self._ring[slot], shipment.part)
                 self._free[slot].record(self._scatters)
             load.scattered += 1
             if shipment.closes:
@@ -209,90 +191,28 @@ class StreamLoader(Loader):
                 load.ready += [ready] * len(shipment.layers)
         self._copy_ahead(load)
 
-    def _scatter(
-        self,
-        load: _Load,
-        layers: range,
-        placed_at: int,
-        source: torch.Tensor,
-        slots: torch.Tensor | None,
-        part: slice,
-    ) -> None:
-        assert slots is not None
-        turn, rotary = load.turns[layers.start], self._paged.layers[layers.start].rotary
-        with torch.cuda.stream(self._scatters):
-            rotate_scatter(
-                source,
-                load.keys_at[part],
-                load.values_at[part],
-                load.steps[part],
-                slots[part],
-                None if turn is None else (turn[0][part], turn[1][part]),
-                rotary is not None and rotary.interleaved,
-                self._caches,
-                layers,
-                placed_at,
-            )
-
-    def _layout(self, plan: BlendPlan, chunks: Chunks) -> tuple[list[_Batch], _Resident | None, torch.Tensor]:
-        """Batches, what needs none, and (3, reused tokens) int64: where each token's keys and values are, and how far
-        it is to those of the next layer.
-
-        All in elements: from where a layer begins in a staging slot, or from ``_Resident.base``.
-        """
-        itemsize, row = self._paged.dtype.itemsize, self._paged.heads * self._paged.head_dim
-        room, runs = self._ring[0].numel(), plan.runs
-        lengths = np.array([run.length for run in runs], dtype=np.int64)
-        begins = lengths.cumsum() - lengths
-        origins, steps = np.zeros((2, len(runs)), dtype=np.int64)
-        near = np.array([chunks[run.key].is_cuda for run in runs])
-        base = next((kv for kv in chunks.values() if kv.is_cuda), None)
-        batches: list[_Batch] = []
-        staged: dict[str, int] = {}
-        used = first = largest = 0
-
-        def close(stop: int) -> None:
-            kvs = [chunks[key] for key in staged]
-            batches.append(
-                _Batch(
-                    torch.tensor([kv.data_ptr() for kv in kvs]),
-                    torch.tensor([kv[0].nbytes for kv in kvs]),
-                    torch.tensor([start * itemsize for start in staged.values()]),
-                    used * itemsize,
-                    slice(int(begins[first]), int(begins[stop - 1] + lengths[stop - 1])),
-                )
-            )
-            steps[first:stop][~near[first:stop]] = used
-
-        for index, run in enumerate(runs):
-            chunk = chunks[run.key]
-            size = chunk[0].numel()
-            if chunk.is_cuda:
-                assert base is not None
-                origins[index], steps[index] = (chunk.data_ptr() - base.data_ptr()) // itemsize, size
+    def _scatter(self, load: _Load, layers: range, staged: torch.Tensor | None, part: int) -> None:
+        """One part of all groups: of those that are staged, or, without, of those that lie on the device."""
+        rotary = self._paged.layers[layers.start].rotary
+        for group, table, slots in zip(load.groups, load.tables, load.slots, strict=True):
+            source = group.base if staged is None else staged if group.base is None else None
+            if source is None:
                 continue
-            if run.key not in staged:
-                if staged and used + size > room:
-                    close(index)
-                    staged, used, first = {}, 0, index
-                staged[run.key] = used
-                used += size
-                largest = max(largest, used)
-            origins[index] = staged[run.key]
-        if staged:
-            close(len(runs))
-        if largest > room:
-            self._grow(largest)
-        starts = np.array([run.chunk_start for run in runs], dtype=np.int64)
-        keys_at = np.repeat(origins + row * (starts - begins), lengths) + row * np.arange(plan.reused_tokens)
-        to_values = np.array([row * chunks[run.key].shape[2] for run in runs], dtype=np.int64)
-        tables = np.stack([keys_at, keys_at + np.repeat(to_values, lengths), np.repeat(steps, lengths)])
-        resident = None if base is None else _Resident(base, torch.from_numpy(np.repeat(near, lengths)))
-        return batches, resident, torch.from_numpy(tables)
+            within, turn = group.parts[part], load.turns[layers.start]
+            placed_at = 0 if staged is None else layers.start
+            to = (rotary is not None and rotary.interleaved, self._caches, layers, placed_at)
+            with torch.cuda.stream(self._scatters):
+                if group.encoding == "none":
+                    turn = None if turn is None else (turn[0][within], turn[1][within])
+                    keys_at, values_at, steps = table[:, within]
+                    rotate_scatter(source, keys_at, values_at, steps, slots[within], turn, *to)
+                else:
+                    decode_scatter(source.view(torch.uint8), table[within], slots, turn, *to, group.encoding)
 
-    def _grow(self, elements: int) -> None:
+    def _grow(self, nbytes: int) -> None:
         """A single chunk's layer is larger than a staging slot: make all slots as large."""
         torch.cuda.synchronize()
+        elements = nbytes // self._paged.dtype.itemsize
         self._ring = [torch.empty(elements, dtype=ring.dtype, device=ring.device) for ring in self._ring]
 
     def _let_go(self) -> None:

@@ -284,7 +284,8 @@ class WorkerSide:
                 documents = own_documents(self._config.ingest_documents)
                 context = ingest_context(kind, tokenizer, self._config.system_prompt, documents)
             shard = (ranks.rank, ranks.size)
-            self._store = open_store(self._config, shard, pin=self._paged.device.type == "cuda")
+            pin, decoding = self._paged.device.type == "cuda", self._paged.caches is None
+            self._store = open_store(self._config, shard, pin=pin, decoding=decoding)
             catalogue = open_catalogue(self._config)
             self._writer = Writer(self._store, catalogue, shard, self._paged.device)
             loader = _fastest_loader(self._paged)
@@ -306,7 +307,8 @@ class WorkerSide:
 
     def _rehearse(self, forward: ScatteredForward, loader: Loader, context_tokens: int, ranks: Ranks) -> Pace | None:
         """How fast this worker computes and blends, in free blocks, before the first request."""
-        shelf, nothing_hot = Shelf(self._paged), HotChunks(0, self._paged.device)
+        encoding = "none" if self._paged.caches is None else self._config.encoding
+        shelf, nothing_hot = Shelf(self._paged, encoding), HotChunks(0, self._paged.device)
         model = self._vllm_config.model_config
         rehearsal = Rehearsal(
             self._paged,

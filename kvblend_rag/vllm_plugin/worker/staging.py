@@ -1,0 +1,180 @@
+"""Staging: which parts of a request's chunks are copied together, and where kernels find each token then."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvblend_rag.blend.plan import BlendPlan
+from kvblend_rag.kernels.decode_scatter import PIECES, tiles_of
+from kvblend_rag.store.encoded import KV, EncodedKV
+from kvblend_rag.store.encoding import ENCODINGS, Encoding
+from kvblend_rag.vllm_plugin.worker.loader import Chunks
+
+_ALIGNMENT = 16
+"""Bytes, so that a piece begins where any dtype may be read."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Chunks that are staged together, the same for every layer.
+
+    A chunk as computed is one piece; an encoded one has as many as its encoding has tensors.
+    """
+
+    sources: torch.Tensor
+    """(pieces,) int64: host address of each piece's first layer."""
+    steps: torch.Tensor
+    """(pieces,) int64: bytes from one layer to the next, which is also what is copied."""
+    offsets: torch.Tensor
+    """(pieces,) int64: where each goes, in bytes from where its layer begins in a staging slot."""
+    nbytes: int
+    """Of one layer of all of them."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Reused tokens that come through one kernel: all of one encoding, and all staged or all on the device."""
+
+    encoding: Encoding
+    base: torch.Tensor | None
+    """One of the chunks on the device, from whose first byte places are counted; None: from where a layer begins in a
+    staging slot."""
+    table: torch.Tensor
+    """As computed: (3, reused tokens) int64, a token's keys, its values, and how far it is to those of the next layer,
+    in elements. Encoded: tiles (``decode_scatter``)."""
+    tokens: torch.Tensor | None
+    """(reused tokens,) bool: those of which the table tells, on the host; None: of none but its own."""
+    parts: list[slice]
+    """Of the tokens, or of the tiles: those of each batch. On the device: one, of all."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A request's chunks on their way."""
+
+    batches: list[Batch]
+    groups: list[Group]
+    largest: int
+    """Bytes of the largest batch's layer, which a staging slot must hold."""
+
+
+def lay_out(plan: BlendPlan, chunks: Chunks, room: int, row_bytes: int, itemsize: int) -> Layout:
+    """What is copied together, and what kernels are told.
+
+    Args:
+        plan: which chunk tokens stand where.
+        chunks: on the device, or in page-locked memory.
+        room: bytes of a staging slot, which only a single chunk's layer may exceed.
+        row_bytes: of a token's keys at one layer, as computed.
+        itemsize: of the cache's dtype.
+    """
+    bases = {_encoding(kv): _buffer(kv) for kv in chunks.values() if kv.is_cuda}
+    batches, of_batch, places, largest = _batches(plan, chunks, room, bases)
+    runs = plan.runs
+    kvs = [chunks[run.key] for run in runs]
+    lengths, starts = np.array([(run.length, run.chunk_start) for run in runs], dtype=np.int64).T
+    begins, sizes = lengths.cumsum() - lengths, np.array([kv.shape[2] for kv in kvs], dtype=np.int64)
+    kinds = np.array([(ENCODINGS.index(_encoding(kv)), kv.is_cuda) for kv in kvs])
+    plain: torch.Tensor | None = None
+    groups: list[Group] = []
+    for kind in np.unique(kinds, axis=0):
+        encoding, own = ENCODINGS[kind[0]], (kinds == kind).all(1)
+        base, tokens = bases[encoding] if kind[1] else None, None
+        which = np.flatnonzero(own)
+        if encoding == "none":
+            if plain is None:
+                plain = _table(begins, starts, lengths, sizes, places[:, 0] // itemsize, row_bytes // itemsize)
+            table, of = plain, np.repeat(which, lengths[which])
+            at = np.flatnonzero(np.repeat(own, lengths))
+            tokens = None if own.all() else torch.from_numpy(np.repeat(own, lengths))
+        else:
+            tiles, of = tiles_of(encoding, begins[which], starts[which], lengths[which], sizes[which], places[which])
+            table, of, at = torch.from_numpy(tiles), which[of], np.arange(len(tiles))
+        # Of each batch, from the first to the last that is the group's.
+        edges = [0, len(of)] if base is not None else np.searchsorted(of_batch[of], range(len(batches) + 1)).tolist()
+        parts = [slice(int(at[a]), int(at[b - 1]) + 1) if a < b else slice(0) for a, b in itertools.pairwise(edges)]
+        groups.append(Group(encoding, base, table, tokens, parts))
+    return Layout(batches, groups, largest)
+
+
+def _batches(
+    plan: BlendPlan, chunks: Chunks, room: int, bases: Mapping[Encoding, torch.Tensor]
+) -> tuple[list[Batch], npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
+    """The batches, (runs,) which is each run's, (runs, PIECES, 2) as ``tiles_of`` takes them, and ``Layout.largest``.
+
+    What lies on the device is counted from the base of its encoding.
+    """
+    near = np.array([chunks[run.key].is_cuda for run in plan.runs])
+    of_batch = np.zeros(len(near), dtype=np.int64)
+    places = np.zeros((len(near), PIECES, 2), dtype=np.int64)
+    batches: list[Batch] = []
+    staged: dict[str, list[int]] = {}
+    used = largest = first = 0
+
+    def close(stop: int) -> None:
+        copied = [
+            (_buffer(chunks[key]).data_ptr() + start, step, offset)
+            for key, offsets in staged.items()
+            for (start, step), offset in zip(_pieces(chunks[key]), offsets, strict=True)
+            if step
+        ]
+        sources, steps, offsets = torch.tensor(copied, dtype=torch.int64).T.contiguous()
+        of_batch[first:stop] = len(batches)
+        batches.append(Batch(sources, steps, offsets, used))
+        places[first:stop, :, 1][~near[first:stop]] = used
+
+    for index, run in enumerate(plan.runs):
+        kv = chunks[run.key]
+        pieces = _pieces(kv)
+        if near[index]:
+            ahead = _buffer(kv).data_ptr() - bases[_encoding(kv)].data_ptr()
+            places[index, : len(pieces)] = [(ahead + start, step) for start, step in pieces]
+            continue
+        if run.key not in staged:
+            ends = np.array([-(-step // _ALIGNMENT) * _ALIGNMENT for _, step in pieces]).cumsum().tolist()
+            if staged and used + ends[-1] > room:
+                close(index)
+                staged, used, first = {}, 0, index
+            staged[run.key] = [used + end for end in (0, *ends[:-1])]
+            used += ends[-1]
+            largest = max(largest, used)
+        places[index, : len(pieces), 0] = staged[run.key]
+    if staged:
+        close(len(near))
+    return batches, of_batch, places, largest
+
+
+def _table(
+    begins: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.int64],
+    sizes: npt.NDArray[np.int64],
+    places: npt.NDArray[np.int64],
+    row: int,
+) -> torch.Tensor:
+    """``Group.table`` of chunks as computed; ``places`` (runs, 2) and ``row`` in elements."""
+    keys_at = np.repeat(places[:, 0] + row * (starts - begins), lengths) + row * np.arange(lengths.sum())
+    to_values, steps = np.repeat(row * sizes, lengths), np.repeat(places[:, 1], lengths)
+    return torch.from_numpy(np.stack([keys_at, keys_at + to_values, steps]))
+
+
+def _encoding(kv: KV) -> Encoding:
+    return kv.encoding if isinstance(kv, EncodedKV) else "none"
+
+
+def _buffer(kv: KV) -> torch.Tensor:
+    return kv.buffer if isinstance(kv, EncodedKV) else kv
+
+
+def _pieces(kv: KV) -> list[tuple[int, int]]:
+    """What is copied of a chunk at a layer: from which byte of its first, and how many bytes from layer to layer."""
+    return kv.pieces if isinstance(kv, EncodedKV) else [(0, kv[0].nbytes)]
+
+
+__all__ = ["Batch", "Group", "Layout", "lay_out"]
