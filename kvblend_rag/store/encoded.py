@@ -100,7 +100,9 @@ class EncodedKV:
 
     def decode_layer(self, index: int, device: torch.device) -> torch.Tensor:
         """One layer's KV, brought to a device first, (2, tokens, kv_heads, head_dim)."""
-        tensors = {name: tensor[index : index + 1].to(device) for name, tensor in self.tensors.items()}
+        tensors = {
+            name: tensor[index : index + 1].to(device, non_blocking=True) for name, tensor in self.tensors.items()
+        }
         return decode(tensors, self.encoding, self.dtype)[0]
 
 

@@ -22,6 +22,7 @@ from kvblend_rag.blend.match import Match
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.blend.rope import Rotary
 from kvblend_rag.kernels.paged_caches import PagedCaches
+from kvblend_rag.store.encoded import encoded
 from kvblend_rag.vllm_plugin.worker import stream_loader
 from kvblend_rag.vllm_plugin.worker.loader import Turns, rotated
 
@@ -34,17 +35,22 @@ torch.cuda.stream = lambda stream: contextlib.nullcontext()
 torch.cuda.synchronize = nothing
 torch.Tensor.is_pinned = lambda self: True
 
-copies = []
+class Near(torch.Tensor):
+    is_cuda = True  # as if it lay on the device
+
+copies, copied_bytes = [], []
 
 def copy(sources, targets, sizes, is_src_access_order_any):
     copies.append(len(sources))
+    copied_bytes.append(int(sizes.sum()))
+    assert (sizes > 0).all()
     for source, target, size in zip(sources.tolist(), targets.tolist(), sizes.tolist(), strict=True):
         ctypes.memmove(target, source, size)
 
 stream_loader.ops = SimpleNamespace(swap_blocks_batch=copy)
 
 generator = torch.Generator().manual_seed(0)
-layers, heads, dim, block_size, blocks = 7, 2, 16, 4, 40
+layers, heads, dim, block_size, blocks = 7, 2, 16, 4, 60
 angles = torch.rand(400, dim // 2, generator=generator) * 6
 wide, narrow = (Rotary(torch.cat([a.cos(), a.sin()], dim=1), False) for a in (angles, angles / 3))
 # As Gemma 3 has them: most layers turn one way, some another; and one not at all.
@@ -59,17 +65,22 @@ paged = SimpleNamespace(
     dtype=torch.float32, device=torch.device("cpu"), heads=heads, head_dim=dim, upload=lambda tensor: tensor,
 )
 paged.caches = PagedCaches([layer.cache for layer in paged.layers])
-lengths = [30, 9, 50]
-chunks = {
-    f"c{i}": torch.randn(layers, 2, length, heads, dim, generator=generator) for i, length in enumerate(lengths)
-}
+lengths = [30, 9, 50, 3, 40, 70]
+chunks = {}
+for i, (length, (encoding, near)) in enumerate(zip(lengths, json.loads(sys.argv[2]))):
+    kv = encoded(torch.randn(layers, 2, length, heads, dim, generator=generator), encoding)
+    if near:
+        kv = kv.as_subclass(Near) if encoding == "none" else kv.moved(kv.buffer.as_subclass(Near))
+    chunks[f"c{i}"] = kv
 # A chunk twice, and parts of chunks.
 runs = (Match("c1", 3, 0, 9), Match("c2", 14, 5, 40), Match("c0", 60, 2, 28), Match("c1", 90, 1, 8))
-plan = BlendPlan(120, runs)
+more = (Match("c3", 125, 0, 3), Match("c5", 130, 7, 63), Match("c4", 195, 1, 35), Match("c5", 240, 2, 1))
+plan = BlendPlan(260, runs + more) if len(chunks) > 3 else BlendPlan(120, runs)
+rounds = 2 if len(chunks) > 3 else 3
 for slot_bytes in json.loads(sys.argv[1]):
     stream_loader._SLOT_BYTES = slot_bytes
     loader = stream_loader.StreamLoader(paged)
-    for ask in range(3):  # the ring goes on where it stopped
+    for ask in range(rounds):  # the ring goes on where it stopped
         for layer in paged.layers:
             layer.cache.zero_()
         slots = torch.randperm(blocks * block_size, generator=generator)[: plan.reused_tokens]
@@ -86,8 +97,13 @@ for slot_bytes in json.loads(sys.argv[1]):
                     expected[slot // block_size, :, slot % block_size] = torch.cat([keys[token], values[token]], dim=-1)
             torch.testing.assert_close(layer.cache, expected, rtol=1e-5, atol=1e-5)
         loader.wait_for_all()
+    asked = sum(
+        kv.nbytes if isinstance(kv, torch.Tensor) else sum(step for _, step in kv.pieces) * layers
+        for kv in chunks.values() if not kv.is_cuda
+    )
+    assert sum(copied_bytes) == rounds * asked or slot_bytes < 30_000  # what stands in two batches comes twice
     print(copies)
-    copies.clear()
+    copies.clear(), copied_bytes.clear()
 """
 
 # By bytes of a staging slot, how many chunks each copy brings: of one, then of as many layers as turn alike and fit.
@@ -99,13 +115,31 @@ COPIES = {
 }
 
 
-def test_every_token_arrives_rotated():
+MIXES = {
+    "all": [("int8", False), ("none", False), ("int4", False), ("int4", True), ("fp8", False), ("none", True)],
+    "hot": [("int8", True), ("int4", True), ("none", True), ("int4", True), ("fp8", True), ("int4", True)],
+    "hot beside": [("int4", True), ("int4", False), ("none", True), ("none", False), ("int8", True), ("int8", False)],
+}
+"""By name, encoding of each chunk, and whether it lies on the device."""
+
+
+def arrive(slots, kinds):
+    """Load chunks as these; what was copied, by bytes of a staging slot."""
     done = subprocess.run(
-        [sys.executable, "-c", CHECK, json.dumps(list(COPIES))],
+        [sys.executable, "-c", CHECK, json.dumps(slots), json.dumps(kinds)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    shown = done.stdout.splitlines()[-len(COPIES) :]
-    assert [json.loads(line) for line in shown] == list(COPIES.values())
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(slots) :]]
+
+
+def test_every_token_arrives_rotated():
+    assert arrive(list(COPIES), [("none", False)] * 3) == list(COPIES.values())
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_encoded_chunks_arrive_decoded(name):
+    copies = arrive([1 << 20, 3_000], MIXES[name])
+    assert all(map(bool, copies)) == (name != "hot")
