@@ -91,7 +91,7 @@ class BlendConfig:
     ``s3://bucket/prefix?max_gb=500``; then the disk is a cache, and the last of these is what must keep a chunk."""
 
     encoding: Literal["none", "fp8", "int8", "int4"] = "none"
-    """How KV lies on disk and in remote tiers: as computed, or with 8 or 4 bits a value; memory holds it decoded."""
+    """How KV lies on disk, in remote tiers and, for a GPU, in memory: as computed, or with 8 or 4 bits a value."""
 
     encryption_key: str = ""
     """Encrypts chunk files and token ids at rest (AES-256-GCM): ``env:NAME`` or ``file:PATH``, where the key stands."""

@@ -6,6 +6,7 @@ pytest.importorskip("vllm")
 
 import torch
 
+from kvblend_rag.store.encoded import encoded
 from kvblend_rag.vllm_plugin.worker.hot_chunks import HotChunks
 
 CPU = torch.device("cpu")
@@ -87,3 +88,18 @@ def test_without_room_nothing_is_held():
     hot = HotChunks(0, CPU)
     for _ in range(3):
         assert asked(hot, "a") == []
+
+
+@pytest.mark.parametrize("encoding", ["int8", "fp8", "int4"])
+def test_an_encoded_chunk_is_held_encoded(encoding):
+    kv = encoded(torch.randn(2, 2, 40, 1, 8), encoding)
+    wanted = kv.decode()
+    hot = HotChunks(kv.nbytes, CPU)
+    for _ in range(2):
+        hot.offer({"a": kv})
+    kv.buffer.zero_()
+    assert hot.nbytes == kv.nbytes
+    assert hot.take(["a"])["a"].encoding == encoding
+    assert torch.equal(hot.take(["a"])["a"].decode(), wanted)
+    hot.forget(["a"])
+    assert hot.nbytes == 0

@@ -185,6 +185,18 @@ def test_a_rehearsal_finds_the_pace(monkeypatch, blocks, longest):
     assert (pace.question_share, pace.deviation_share) == (11 / 12, 2 / 12)
 
 
+@pytest.mark.parametrize(("encoding", "smaller"), [("none", 1.0), ("int8", 3.0), ("fp8", 3.0), ("int4", 2.0)])
+def test_a_rehearsal_goes_by_chunks_as_the_store_gives_them(encoding, smaller):
+    shelf, paged = Shelf(Paged, encoding), Paged()
+    shelf.put("a", 256)
+    kv, tier = shelf.get_many(["a"])["a"]
+    assert (tuple(kv.shape), tier) == (paged.chunk_shape(256), "memory")
+    assert getattr(kv, "encoding", "none") == encoding
+    whole = 12 * 2 * 2 * 8 * 4
+    assert shelf.token_bytes() == pytest.approx(kv.nbytes / 256, rel=0.01)
+    assert whole / shelf.token_bytes() >= smaller
+
+
 def test_a_rehearsal_that_fails_ends_no_start(monkeypatch, caplog):
     def blend(job):
         raise RuntimeError("CUDA out of memory")

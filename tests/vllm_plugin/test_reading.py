@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("vllm")
 
 from kvblend_rag.commands.torture_kill import make
-from kvblend_rag.store import DiskStore, MemoryStore, TieredStore
+from kvblend_rag.store import DiskStore, MemoryStore, StoreLayout, TieredStore
 from kvblend_rag.vllm_plugin.worker.blender import Blender
 from kvblend_rag.vllm_plugin.worker.hot_chunks import HotChunks
 from kvblend_rag.vllm_plugin.worker.paged_kv import PagedKV
@@ -49,3 +49,19 @@ def test_what_can_not_be_used_is_a_reason(blender, runs, says):
     chunks, tiers, failure = blender._read_all(job(*runs), [])
     assert (chunks, tiers) == ({}, {})
     assert says in failure
+
+
+@pytest.mark.parametrize("encoding", ["int8", "fp8", "int4"])
+def test_encoded_chunks_are_held_to_the_same(blender, tmp_path, encoding):
+    """A GPU's worker reads them as they lie; of another shape or dtype, they are refused all the same."""
+    blender._store = TieredStore([DiskStore(StoreLayout(tmp_path / "b", encoding=encoding, decoding=False))])
+    blender._store.put(make(1))
+    chunks, _, failure = blender._read_all(job((1, 5, 59)), [])
+    assert failure is None
+    assert chunks[make(1).key].encoding == encoding
+    for changed in ({"layers": [0]}, {"heads": 4}, {"head_dim": 8}, {"dtype": torch.bfloat16}):
+        was = {name: getattr(blender._paged, name) for name in changed}
+        vars(blender._paged).update(changed)
+        assert "this model needs" in blender._read_all(job((1, 5, 59)), [])[2]
+        vars(blender._paged).update(was)
+    assert "this model needs" in blender._read_all(job((1, 0, 65)), [])[2]
