@@ -175,7 +175,7 @@ def tiles_of(
     chunk_tokens: npt.NDArray[np.int64],
     places: npt.NDArray[np.int64],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Tiles of runs of tokens of one encoding, (tiles, fields) int64, in the runs' order, and each tile's run.
+    """Tiles of runs of tokens of one encoding, (tiles, fields) int64, in the runs' order, and how many each has.
 
     Args:
         encoding: any but ``none``.
@@ -204,7 +204,7 @@ def tiles_of(
     tiles[:, 3] = groups
     tiles[:, 4] = chunk_tokens[of]
     tiles[:, _AHEAD.value :] = places.reshape(len(counts), 2 * PIECES)[of]
-    return tiles, of
+    return tiles, counts
 
 
 def decode_scatter(

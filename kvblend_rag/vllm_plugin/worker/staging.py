@@ -80,25 +80,32 @@ def lay_out(plan: BlendPlan, chunks: Chunks, room: int, row_bytes: int, itemsize
     kvs = [chunks[run.key] for run in runs]
     lengths, starts = np.array([(run.length, run.chunk_start) for run in runs], dtype=np.int64).T
     begins, sizes = lengths.cumsum() - lengths, np.array([kv.shape[2] for kv in kvs], dtype=np.int64)
-    kinds = np.array([(ENCODINGS.index(_encoding(kv)), kv.is_cuda) for kv in kvs])
+    kinds = [(ENCODINGS.index(_encoding(kv)), kv.is_cuda) for kv in kvs]
     plain: torch.Tensor | None = None
     groups: list[Group] = []
-    for kind in np.unique(kinds, axis=0):
-        encoding, own = ENCODINGS[kind[0]], (kinds == kind).all(1)
-        base, tokens = bases[encoding] if kind[1] else None, None
+    for kind in sorted(set(kinds)):
+        own = np.array([each == kind for each in kinds])
         which = np.flatnonzero(own)
+        encoding, tokens = ENCODINGS[kind[0]], None
+        base = bases[encoding] if kind[1] else None
         if encoding == "none":
             if plain is None:
                 plain = _table(begins, starts, lengths, sizes, places[:, 0] // itemsize, row_bytes // itemsize)
-            table, of = plain, np.repeat(which, lengths[which])
-            at = np.flatnonzero(np.repeat(own, lengths))
+            table, stops, counts = plain, (begins + lengths)[which], lengths[which]
             tokens = None if own.all() else torch.from_numpy(np.repeat(own, lengths))
         else:
-            tiles, of = tiles_of(encoding, begins[which], starts[which], lengths[which], sizes[which], places[which])
-            table, of, at = torch.from_numpy(tiles), which[of], np.arange(len(tiles))
-        # Of each batch, from the first to the last that is the group's.
-        edges = [0, len(of)] if base is not None else np.searchsorted(of_batch[of], range(len(batches) + 1)).tolist()
-        parts = [slice(int(at[a]), int(at[b - 1]) + 1) if a < b else slice(0) for a, b in itertools.pairwise(edges)]
+            tiles, counts = tiles_of(
+                encoding, begins[which], starts[which], lengths[which], sizes[which], places[which]
+            )
+            table, stops = torch.from_numpy(tiles), counts.cumsum()
+        edges = [0, len(which)]
+        if base is None:
+            edges = np.searchsorted(of_batch[which], range(len(batches) + 1)).tolist()
+        # From the first run of the batch that is the group's to the last.
+        parts = [
+            slice(int(stops[a] - counts[a]), int(stops[b - 1])) if a < b else slice(0)
+            for a, b in itertools.pairwise(edges)
+        ]
         groups.append(Group(encoding, base, table, tokens, parts))
     return Layout(batches, groups, largest)
 
@@ -113,6 +120,7 @@ def _batches(
     near = np.array([chunks[run.key].is_cuda for run in plan.runs])
     of_batch = np.zeros(len(near), dtype=np.int64)
     places = np.zeros((len(near), PIECES, 2), dtype=np.int64)
+    pieces = {run.key: _pieces(chunks[run.key]) for run in plan.runs}
     batches: list[Batch] = []
     staged: dict[str, list[int]] = {}
     used = largest = first = 0
@@ -121,7 +129,7 @@ def _batches(
         copied = [
             (_buffer(chunks[key]).data_ptr() + start, step, offset)
             for key, offsets in staged.items()
-            for (start, step), offset in zip(_pieces(chunks[key]), offsets, strict=True)
+            for (start, step), offset in zip(pieces[key], offsets, strict=True)
             if step
         ]
         sources, steps, offsets = torch.tensor(copied, dtype=torch.int64).T.contiguous()
@@ -130,21 +138,23 @@ def _batches(
         places[first:stop, :, 1][~near[first:stop]] = used
 
     for index, run in enumerate(plan.runs):
-        kv = chunks[run.key]
-        pieces = _pieces(kv)
+        inside = pieces[run.key]
         if near[index]:
+            kv = chunks[run.key]
             ahead = _buffer(kv).data_ptr() - bases[_encoding(kv)].data_ptr()
-            places[index, : len(pieces)] = [(ahead + start, step) for start, step in pieces]
+            places[index, : len(inside)] = [(ahead + start, step) for start, step in inside]
             continue
         if run.key not in staged:
-            ends = np.array([-(-step // _ALIGNMENT) * _ALIGNMENT for _, step in pieces]).cumsum().tolist()
-            if staged and used + ends[-1] > room:
+            *offsets, size = itertools.accumulate(
+                (-(-step // _ALIGNMENT) * _ALIGNMENT for _, step in inside), initial=0
+            )
+            if staged and used + size > room:
                 close(index)
                 staged, used, first = {}, 0, index
-            staged[run.key] = [used + end for end in (0, *ends[:-1])]
-            used += ends[-1]
+            staged[run.key] = [used + offset for offset in offsets]
+            used += size
             largest = max(largest, used)
-        places[index, : len(pieces), 0] = staged[run.key]
+        places[index, : len(inside), 0] = staged[run.key]
     if staged:
         close(len(near))
     return batches, of_batch, places, largest
@@ -174,7 +184,7 @@ def _buffer(kv: KV) -> torch.Tensor:
 
 def _pieces(kv: KV) -> list[tuple[int, int]]:
     """What is copied of a chunk at a layer: from which byte of its first, and how many bytes from layer to layer."""
-    return kv.pieces if isinstance(kv, EncodedKV) else [(0, kv[0].nbytes)]
+    return kv.pieces if isinstance(kv, EncodedKV) else [(0, kv.nbytes // kv.shape[0])]
 
 
 __all__ = ["Batch", "Group", "Layout", "lay_out"]
