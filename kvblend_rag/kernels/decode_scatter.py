@@ -49,7 +49,8 @@ def _keys(
     staged, tile, layers, row, head, dim, inside,
     ENCODING: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """(rows, dims) float32: the channels in ``dim`` of a group's tokens, decoded."""
+    """(rows, dims) float32: the channels in ``dim`` of a group's tokens."""
+    there = dim < DIM
     if ENCODING == "int4":
         # A channel's tokens lie side by side, two a byte.
         codes = _place(staged, tile, 1, layers)
@@ -57,24 +58,25 @@ def _keys(
         offsets = _place(staged, tile, 3, layers).to(tl.pointer_type(tl.float16))
         groups = (tl.load(tile + 4) - _WHOLE + _GROUP - 1) // _GROUP
         at = (head * DIM + dim) * groups + tl.load(tile + 3)
-        there = dim < DIM
         packed = tl.load(codes + at[:, None] * _PACKED + tl.arange(0, _PACKED)[None, :], mask=there[:, None], other=0)
         code = tl.reshape(tl.join(packed & 15, packed >> 4), (DIM_PADDED, _GROUP)).to(tl.float32)
         step = tl.load(scales + at, mask=there, other=0.0).to(tl.float32)
         low = tl.load(offsets + at, mask=there, other=0.0).to(tl.float32)
-        return tl.trans(code * step[:, None] + low[:, None])
-    codes = _place(staged, tile, 0, layers)
-    scales = _place(staged, tile, 1, layers).to(tl.pointer_type(tl.float32))
-    code = tl.load(codes + (row * HEADS + head)[:, None] * DIM + dim[None, :], mask=inside, other=0)
-    scale = tl.load(scales + head * DIM + dim, mask=dim < DIM, other=0.0)
-    return _floats(code, ENCODING == "fp8") * scale[None, :]
+        keys = tl.trans(code * step[:, None] + low[:, None])
+    else:
+        codes = _place(staged, tile, 0, layers)
+        scales = _place(staged, tile, 1, layers).to(tl.pointer_type(tl.float32))
+        code = tl.load(codes + (row * HEADS + head)[:, None] * DIM + dim[None, :], mask=inside, other=0)
+        scale = tl.load(scales + head * DIM + dim, mask=there, other=0.0)
+        keys = _floats(code, ENCODING == "fp8") * scale[None, :]
+    return keys
 
 
 @triton.jit
 def _values(
     staged, tile, layers, row, head, dim, inside, ENCODING: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr
 ):  # fmt: skip
-    """(rows, dims) float32: a group's tokens, decoded."""
+    """(rows, dims) float32: a group's tokens."""
     at = (row * HEADS + head)[:, None]
     if ENCODING == "int4":
         codes = _place(staged, tile, 4, layers)
@@ -84,11 +86,41 @@ def _values(
         packed = tl.load(codes + group * _PACKED + (dim % _GROUP // 2)[None, :], mask=inside, other=0)
         code = tl.where((dim % 2 == 0)[None, :], packed & 15, packed >> 4).to(tl.float32)
         step = tl.load(scales + group, mask=inside, other=0.0).to(tl.float32)
-        return code * step + tl.load(offsets + group, mask=inside, other=0.0).to(tl.float32)
-    codes = _place(staged, tile, 2, layers)
-    scales = _place(staged, tile, 3, layers).to(tl.pointer_type(tl.float32))
-    code = tl.load(codes + at * DIM + dim[None, :], mask=inside, other=0)
-    return _floats(code, ENCODING == "fp8") * tl.load(scales + at + 0 * dim[None, :], mask=inside, other=0.0)
+        values = code * step + tl.load(offsets + group, mask=inside, other=0.0).to(tl.float32)
+    else:
+        codes = _place(staged, tile, 2, layers)
+        scales = _place(staged, tile, 3, layers).to(tl.pointer_type(tl.float32))
+        code = tl.load(codes + at * DIM + dim[None, :], mask=inside, other=0)
+        values = _floats(code, ENCODING == "fp8") * tl.load(scales + at + 0 * dim[None, :], mask=inside, other=0.0)
+    return values
+
+
+@triton.jit
+def _decoded(
+    staged, tile, layers, row, head, dim, partner, inside, ENCODING: tl.constexpr, DTYPE: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, DIM_PADDED: tl.constexpr,
+):  # fmt: skip
+    """A group's keys, the other half of each pair of them, and its values, each (rows, dims)."""
+    inner = tl.load(tile + 3) * _GROUP + row
+    key = _keys(staged, tile, layers, inner, head, dim, inside, ENCODING, HEADS, DIM, DIM_PADDED).to(DTYPE)
+    other = key
+    if HALF > 0:
+        other = _keys(staged, tile, layers, inner, head, partner, inside, ENCODING, HEADS, DIM, DIM_PADDED).to(DTYPE)
+    value = _values(staged, tile, layers, inner, head, dim, inside, ENCODING, HEADS, DIM).to(DTYPE)
+    return key, other, value
+
+
+@triton.jit
+def _whole(
+    staged, tile, layers, row, head, dim, partner, inside, DTYPE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr
+):  # fmt: skip
+    """As ``_decoded``, of the tokens that int4 keeps as computed."""
+    keys = _place(staged, tile, 0, layers).to(tl.pointer_type(DTYPE)) + (row * HEADS + head)[:, None] * DIM
+    values = keys + tl.minimum(tl.load(tile + 4), _WHOLE) * HEADS * DIM
+    key = tl.load(keys + dim[None, :], mask=inside, other=0.0)
+    other = tl.load(keys + partner[None, :], mask=inside, other=0.0)
+    value = tl.load(values + dim[None, :], mask=inside, other=0.0)
+    return key, other, value
 
 
 @triton.jit(do_not_specialize=["first", "passed"])
@@ -135,25 +167,19 @@ def _kernel(
             sign = tl.where(dim < HALF, -1.0, 1.0)
             frequency = dim % HALF if HALF > 0 else dim
         partner = tl.where(turns, partner, dim)
-        group = tl.load(tile + 3)
-        if ENCODING == "int4" and group < 0:
-            whole = _place(staged, tile, 0, layers).to(tl.pointer_type(DTYPE))
-            at = (row * HEADS + head)[:, None] * DIM
-            key = tl.load(whole + at + dim[None, :], mask=inside, other=0.0)
-            other = tl.load(whole + at + partner[None, :], mask=inside, other=0.0)
-            values = whole + tl.minimum(tl.load(tile + 4), _WHOLE) * HEADS * DIM
-            value = tl.load(values + at + dim[None, :], mask=inside, other=0.0)
+        if ENCODING == "int4":
+            if tl.load(tile + 3) < 0:
+                key, other, value = _whole(
+                    staged, tile, layers, row, head, dim, partner, inside, DTYPE, HEADS, DIM
+                )  # fmt: skip
+            else:
+                key, other, value = _decoded(
+                    staged, tile, layers, row, head, dim, partner, inside, ENCODING, DTYPE, HEADS, DIM, HALF, DIM_PADDED
+                )
         else:
-            inner = group * _GROUP + row
-            key = _keys(
-                staged, tile, layers, inner, head, dim, inside, ENCODING, HEADS, DIM, DIM_PADDED
-            ).to(DTYPE)  # fmt: skip
-            other = key
-            if HALF > 0:
-                other = _keys(
-                    staged, tile, layers, inner, head, partner, inside, ENCODING, HEADS, DIM, DIM_PADDED
-                ).to(DTYPE)  # fmt: skip
-            value = _values(staged, tile, layers, inner, head, dim, inside, ENCODING, HEADS, DIM).to(DTYPE)
+            key, other, value = _decoded(
+                staged, tile, layers, row, head, dim, partner, inside, ENCODING, DTYPE, HEADS, DIM, HALF, DIM_PADDED
+            )
         if HALF > 0:
             at = token[:, None] * HALF + frequency[None, :]
             c = tl.load(cos + at, mask=wanted & turns[None, :], other=1.0)
@@ -234,6 +260,7 @@ def decode_scatter(
     if not len(tiles) or not layers:
         return
     half = 0 if turn is None else turn[0].shape[1]
+    padded = triton.next_power_of_2(caches.dim)
     cos, sin = turn if turn is not None else (staged, staged)
     _kernel[(len(tiles), caches.heads, len(layers))](
         staged,
@@ -252,8 +279,8 @@ def decode_scatter(
         DIM=caches.dim,
         HALF=half,
         INTERLEAVED=interleaved,
-        DIM_PADDED=triton.next_power_of_2(caches.dim),
-        num_warps=8,
+        DIM_PADDED=padded,
+        num_warps=min(max(padded // 16, 4), 16),  # a thread then holds its share of a tile in registers
     )
 
 
