@@ -7,7 +7,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kvblend_rag.blend.cost import Effort, Pace, ReadPace, Work, blend_seconds, plain_seconds
+import numpy as np
+
+from kvblend_rag.blend.cost import Effort, Pace, ReadPace, Work, blend_seconds, computing_seconds, plain_seconds
 from kvblend_rag.blend.match import Match
 from kvblend_rag.blend.plan import BlendPlan
 
@@ -97,13 +99,15 @@ def choose(
         kept_plan = plan.keeping(kept)
         tokens = kept_plan.prompt_tokens - kept_plan.cached
         loading = reading_seconds(kept, tiers, pace.token_bytes)
-        return loading + blend_seconds(kept_plan, effort, pace) * blend_drift(tokens), loading
+        # What disturbed vLLM's steps when they were timed is no gain: the same tokens take us as long, at least.
+        least = computing_seconds(kept_plan, effort, pace) * plain_drift(tokens)
+        return loading + max(blend_seconds(kept_plan, effort, pace) * blend_drift(tokens), least), loading
 
     for size in range(1, len(known) + 1):
         for chosen in itertools.combinations(known, size):
             inside = [run for run in plan.runs if tiers[run.key].name in chosen and tiers[run.key].pace is not None]
             gaining = [run for run in inside if _gain(run, effort, pace, tiers[run.key]) > 0]
-            for kept in (gaining, inside):
+            for kept in (gaining, inside) if 0 < len(gaining) < len(inside) else (inside,):
                 if not kept:
                     continue
                 seconds, loading = cost(kept)
@@ -118,6 +122,7 @@ def choose(
 
 def hopeless(
     tokens: int,
+    effort: Effort,
     pace: Pace,
     *,
     plain_drift: Callable[[float], float] = lambda tokens: 1.0,
@@ -125,12 +130,22 @@ def hopeless(
 ) -> str | None:
     """Why a prompt of so many tokens is not worth blending, whatever is found in it; None where it may be.
 
-    Looking for chunks takes a millisecond in a thousand tokens, which a tiny model computes in a few.
+    Looking for chunks and weighing them takes a millisecond in a thousand tokens, which a tiny model computes in a few.
+    A token costs a blend no less than the lesser of reusing and computing it; so that what lies in the prefix cache
+    makes no difference to the answer, those that would cost it more than a plain prefill are left out.
     """
-    whole = BlendPlan(tokens, (Match("", 0, 0, tokens - 1),) if tokens > 1 else ())
-    plain = plain_seconds(whole, pace) * plain_drift(tokens)
-    least = blend_seconds(whole, Effort(0.0, 1), pace) * blend_drift(tokens)
-    if least <= WORTH * plain:
+    forward, ours, theirs = pace.forward, blend_drift(tokens), plain_drift(tokens)
+    plain = theirs * forward.seconds(Work.of([(0, tokens)]))
+    each = forward.token + forward.pair * np.arange(1, tokens)  # the last is computed in any case
+    reusing = pace.placed + effort.ratio * (each + forward.row / effort.span)
+    token = ours * (effort.whole_share * each + np.minimum(reusing, (1 + effort.computed_share) * each))
+    last = forward.seconds(Work.of([(tokens - 1, tokens)]))
+    fixed = ours * (pace.blend + (2 + effort.computed_share + effort.whole_share) * last)
+    least = float(fixed + token.sum())
+    gain = np.minimum(token - WORTH * theirs * each, 0.0).sum()
+    if effort.ratio >= 1:  # then it computes everything too
+        least = max(least, plain)
+    elif fixed + gain <= WORTH * (plain - theirs * each.sum()):
         return None
     blended, computed = _milliseconds(least), _milliseconds(plain)
     return f"no chunk could make it faster: a blend takes {blended} at least, computing it {computed}"

@@ -8,6 +8,7 @@ is measured on the machine, none is guessed; see ``vllm_plugin/worker/rehearsal.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -60,8 +61,8 @@ class ForwardPace:
         """Of this work, in as few passes as it fits into; 0 of none."""
         if work.tokens <= 0:
             return 0.0
-        passes = max(np.ceil(work.tokens / self.max_tokens), np.ceil(work.rows / self.max_rows), 1.0)
-        return float(passes * self.fixed + self.marginal(work))
+        passes = max(math.ceil(work.tokens / self.max_tokens), math.ceil(work.rows / self.max_rows), 1)
+        return passes * self.fixed + self.marginal(work)
 
     def marginal(self, work: Work) -> float:
         """What it adds to a pass that is made anyway."""
@@ -134,7 +135,7 @@ class Effort:
     def recomputed(self, plan: BlendPlan) -> Work:
         """Spans of the reused tokens, which may stand anywhere in their runs."""
         tokens = [self.ratio * run.length for run in plan.runs]
-        pairs = sum(count * (run.start + run.stop) / 2 for count, run in zip(tokens, plan.runs, strict=True))
+        pairs = sum(self.ratio * _pairs(run.start, run.stop) for run in plan.runs)
         return Work(sum(tokens), pairs, sum(tokens) / self.span)
 
 
@@ -161,8 +162,13 @@ def blend_seconds(plan: BlendPlan, effort: Effort, pace: Pace) -> float:
     if effort.whole_share:
         scored += effort.whole_share * forward.seconds(Work.of([(plan.cached, plan.prompt_tokens)]))
     last = forward.seconds(Work.of([(plan.prompt_tokens - 1, plan.prompt_tokens)]))
-    done = forward.seconds(computed + effort.recomputed(plan))
+    done = computing_seconds(plan, effort, pace)
     return pace.blend + pace.placed * plan.reused_tokens + scored + done + last
+
+
+def computing_seconds(plan: BlendPlan, effort: Effort, pace: Pace) -> float:
+    """The part of a blend that computes what is not reused, all of the prompt where everything is recomputed."""
+    return pace.forward.seconds(Work.of(plan.computed_ranges()) + effort.recomputed(plan))
 
 
 def fit_nonnegative(features: Floats, seconds: Floats, weights: Floats | None = None) -> list[float]:
@@ -200,6 +206,7 @@ __all__ = [
     "Work",
     "blend_seconds",
     "blend_work",
+    "computing_seconds",
     "fit_nonnegative",
     "plain_seconds",
 ]

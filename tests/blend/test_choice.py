@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvblend_rag.blend.choice import WORTH, Tier, choose, hopeless, reading_seconds
-from kvblend_rag.blend.cost import Effort, ForwardPace, Pace, ReadPace, blend_seconds, plain_seconds
+from kvblend_rag.blend.cost import Effort, ForwardPace, Pace, ReadPace, blend_seconds, computing_seconds, plain_seconds
 from kvblend_rag.blend.match import Match
 from kvblend_rag.blend.plan import make_plan
 
@@ -58,7 +58,10 @@ def test_the_choice_is_consistent_with_the_costs(case, plain_drift, blend_drift)
 
     def cost(runs):
         kept = plan.keeping(runs)
-        return reading_seconds(runs, where, pace.token_bytes) + blend_drift * blend_seconds(kept, effort, pace)
+        computing = max(
+            blend_drift * blend_seconds(kept, effort, pace), plain_drift * computing_seconds(kept, effort, pace)
+        )
+        return reading_seconds(runs, where, pace.token_bytes) + computing
 
     plain = plain_drift * plain_seconds(plan, pace)
     assert choice.plain == pytest.approx(plain)
@@ -141,13 +144,32 @@ def test_a_chunk_that_stands_twice_is_read_once():
 def test_what_is_hopeless_is_never_chosen(case, plain_drift, blend_drift):
     plan, effort, pace, where = case
     drifts = {"plain_drift": lambda tokens: plain_drift, "blend_drift": lambda tokens: blend_drift}
-    if hopeless(plan.prompt_tokens, pace, **drifts):
+    if hopeless(plan.prompt_tokens, effort, pace, **drifts):
         assert not choose(plan, effort, pace, where.__getitem__, **drifts).worth_it
 
 
 def test_a_tiny_model_is_hopeless_and_a_large_one_is_not():
     tiny = Pace(ForwardPace(0.01, 1e-6), 0.02, 1e-6, 1000)
-    reason = "no chunk could make it faster: a blend takes 41 ms at least, computing it 11 ms"
-    assert hopeless(1000, tiny) == reason
-    assert hopeless(1000, FAST) is None
-    assert hopeless(1, FAST)
+    reason = "no chunk could make it faster: a blend takes 47 ms at least, computing it 11 ms"
+    assert hopeless(1000, EFFORT, tiny) == reason
+    assert hopeless(1000, EFFORT, FAST) is None
+    assert hopeless(1, EFFORT, FAST)
+
+
+def test_what_is_scored_and_recomputed_counts_when_a_prompt_is_given_up_unseen():
+    """50 tokens: 60 ms plainly, 28 at least where nothing is scored or recomputed, 56 as the selector does it."""
+    assert hopeless(50, Effort(0.0, 16), FAST) is None
+    assert hopeless(50, Effort(0.35, 16, computed_share=1.0), FAST)
+
+
+@pytest.mark.parametrize("drift", [0.3, 1.0, 3.0])
+def test_where_everything_is_recomputed_no_gain_is_promised_whatever_was_measured(drift):
+    """Something else on the machine made vLLM's steps look slow: it would slow ours as well."""
+    drifts = {"plain_drift": lambda tokens: drift, "blend_drift": lambda tokens: 0.1}
+    everything = Effort(1.0, 16)
+    free = Pace(ForwardPace(0.001, 1e-3, max_tokens=256), 0.0, 0.0, 1000)
+    choice = choose(plan_of(400, 400), everything, free, lambda key: MEMORY, **drifts)
+    assert not choice.worth_it
+    assert "would save next to nothing" in choice.reason
+    assert hopeless(1000, everything, free, **drifts)
+    assert choose(plan_of(400, 400), Effort(0.15, 16), free, lambda key: MEMORY, **drifts).worth_it

@@ -81,7 +81,7 @@ def test_a_blend_by_hand():
     plan = make_plan(np.arange(1000), [Match("a", 100, 0, 400), Match("b", 500, 0, 400)])
     effort = Effort(ratio=0.1, span=16, computed_share=0.5)
     computed, last = Work.of([(0, 100), (900, 1000)]), Work.of([(999, 1000)])
-    again = Work(80, 40 * 300 + 40 * 700, 5)
+    again = Work(80, 40 * 300.5 + 40 * 700.5, 5)
     expected = (
         0.005
         + 800e-5

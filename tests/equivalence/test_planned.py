@@ -31,11 +31,12 @@ def test_asked_for_it_is_blended_all_the_same(rig):
     assert answer.difference(rig.plain(prompt)) < TOLERANCE
 
 
-def test_everything_recomputed_is_plain_whether_it_is_found_worth_it_or_not(rig):
-    """It may be: one forward of our own instead of three of vLLM's steps of 256 tokens."""
+def test_everything_recomputed_is_never_found_worth_it(rig):
+    """However slow vLLM's three steps of 256 tokens look beside one forward of ours: something else may have run."""
     prompt = rig.prompt(200, 60, 100, 150, total=700)
     (answer,) = rig.fresh([prompt], selector="everything")
-    assert answer.report.blended or "ms" in answer.report.reason
+    assert not answer.report.blended
+    assert answer.report.reason.startswith("no chunk could make it faster")
     assert answer.difference(rig.plain(prompt)) < TOLERANCE
 
 

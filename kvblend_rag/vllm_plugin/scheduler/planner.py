@@ -66,9 +66,15 @@ class Planner:
             self._blends.forget()
         return choice
 
-    def hopeless(self, tokens: int) -> str | None:
+    def hopeless(self, tokens: int, recipe: Recipe) -> str | None:
         """Why a prompt of so many tokens need not be looked at, if so."""
-        reason = hopeless(tokens, self.pace, plain_drift=self._plain.factor, blend_drift=self._blends.factor)
+        reason = hopeless(
+            tokens,
+            self._effort(recipe),
+            self.pace,
+            plain_drift=self._plain.factor,
+            blend_drift=self._blends.factor,
+        )
         if reason is not None:
             self._blends.forget()
         return reason

@@ -328,7 +328,7 @@ class SchedulerSide:
             return blocked, report
         assert self._library is not None
         planner = self._planner if wish.planner and wish.ingest is None else None
-        hopeless = None if planner is None else planner.hopeless(request.num_prompt_tokens)
+        hopeless = None if planner is None else planner.hopeless(request.num_prompt_tokens, wish.recipe)
         if hopeless is not None:
             return hopeless, report
         started = time.perf_counter()
