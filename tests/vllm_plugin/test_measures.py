@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 
 from kvblend_rag.blend.cost import ForwardPace, Pace, Work
 from kvblend_rag.errors import ChunkMissing
+from kvblend_rag.report import TierLoad
 from kvblend_rag.selectors import names
 from kvblend_rag.selectors.base import Evidence
 from kvblend_rag.store import Catalogue, DiskStore, MemoryStore, StoredChunk, TieredStore
@@ -99,6 +100,29 @@ def test_a_scout_measures_what_is_stored_and_fetches_what_is_asked_for(tmp_path,
     scout.close()
     assert not scout._thread.is_alive()
     catalogue.close()
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(3600.0, ["kept", "a"]), (0.0, ["kept", "a", "b"])])
+def test_what_is_not_kept_near_is_read_only_now_and_then(monkeypatch, seconds, expected):
+    """It tells nothing but how fast its tier is, and takes time from the engine."""
+    monkeypatch.setattr("kvblend_rag.vllm_plugin.worker.scout._BETWEEN_MEASURES_S", seconds)
+    read = []
+
+    def get_many(keys, loads):
+        read.extend(keys)
+        loads.append(TierLoad(tier="valkey", chunks=1, bytes=1, milliseconds=1.0))
+
+    near = SimpleNamespace(remote=False, contains=lambda key: key == "kept")
+    far = SimpleNamespace(remote=True, contains=lambda key: True)
+    scout = Scout(SimpleNamespace(tiers=[near, far], get_many=get_many))
+    for key in ("kept", "a", "b"):
+        scout.fetch([key])
+    deadline = time.monotonic() + 20
+    while scout._queue.qsize() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)  # the last was taken out, and may just be read
+    scout.close()
+    assert read == expected
 
 
 @pytest.mark.parametrize("selector", sorted(names()))

@@ -18,6 +18,7 @@ from kvblend_rag.config import BlendConfig
 from kvblend_rag.report import TierLoad
 from kvblend_rag.store import StoreLayout, open_catalogue
 from kvblend_rag.vllm_plugin.metadata import Handshake, Outcome, StepOutcome
+from kvblend_rag.vllm_plugin.scheduler.errands import Errands
 from kvblend_rag.vllm_plugin.scheduler.scheduler_side import SchedulerSide
 
 BLOCK, CONTEXT, LIMIT = 16, tuple(range(32)), 512
@@ -157,7 +158,8 @@ def test_chunks_in_memory_are_loaded_and_far_ones_computed_and_sent_for(start, m
     planned = step(side, r=(0, 1))
     (job,) = planned.blends
     assert [run.key for run in job.plan.runs] == [KEYS[0], KEYS[2]]
-    assert planned.fetch == [KEYS[1]]
+    assert planned.fetch == []
+    assert step(side).fetch == [KEYS[1]]
     assert step(side).fetch == []
     side.worker_reported(StepOutcome({"r": Outcome(tiers={KEYS[0]: "memory", KEYS[2]: "memory"})}))
     found = side.finished(request)["kvblend"]
@@ -178,6 +180,41 @@ def test_chunks_in_memory_are_loaded_and_far_ones_computed_and_sent_for(start, m
     side.worker_reported(StepOutcome({"x": Outcome(tiers={KEYS[2]: "disk"})}))
     last = make(prompt(2, 0), "last")
     assert ask(side, last) == 0
+
+
+def test_what_is_fetched_for_later_waits_until_no_prefill_runs(start, make):
+    """Also when the request that met it is gone by then; in an engine that does nothing but prefill, not for ever."""
+    side = start(reads=load("disk", 4, 800 * TOKEN_BYTES, 8.0))
+    request = make(prompt(0, 1, 2))
+    assert ask(side, request) == 0
+    assert step(side, r=(0, 512)).fetch == []
+    side.finished(request)
+    assert ask(side, make(prompt(1, 3), "next")) == 0
+    assert step(side, next=(0, 450)).fetch == []
+    assert step(side, next=(450, 1)).fetch == KEYS
+    assert step(side).fetch == []
+    assert ask(side, make(prompt(2, 3), "last")) == 0
+    assert step(side, last=(0, 450)).fetch == []
+    side._errands._since -= 60
+    assert step(side, other=(0, 450)).fetch == [KEYS[2], KEYS[3]]
+
+
+def test_not_more_waits_to_be_fetched_than_somebody_will_want():
+    errands = Errands()
+    errands.add(f"{number}" for number in range(1000))
+    errands.add(["0", "late"])
+    assert errands.take(prefilling=True) == []
+    assert errands.take(prefilling=False) == [f"{number}" for number in range(64)]
+    assert errands.take(prefilling=False) == []
+
+
+def test_a_step_without_a_prefill_tells_the_planner_nothing(start):
+    """However many answers it goes on with: a prefill of as many tokens is another matter."""
+    side = start()
+    step(side, **{f"r{number}": (500, 1) for number in range(64)})
+    assert not side._planner._steps
+    step(side, r=(0, 64))
+    assert list(side._planner._steps) == [2]
 
 
 def test_a_chunk_that_was_just_computed_is_in_memory(start, make):

@@ -19,9 +19,6 @@ _MEMORY = Tier("memory", ReadPace(0.0, 0.0))
 _REMEMBERED = 256
 """Steps and blends whose time is waited for; a worker is never so far behind."""
 
-_TELLING = 32
-"""Tokens from which on a step tells something about prefill."""
-
 
 class Planner:
     """Chooses, and learns from what the workers measured.
@@ -110,10 +107,9 @@ class Planner:
         _bound(self._expected)
 
     def steps(self, number: int, work: Work) -> None:
-        """vLLM computes so much in this step."""
-        if work.tokens >= _TELLING:
-            self._steps[number] = work
-            _bound(self._steps)
+        """vLLM computes so much in this step, a prefill among it."""
+        self._steps[number] = work
+        _bound(self._steps)
 
     def learn(self, outcome: StepOutcome) -> None:
         """Take in what the workers did."""

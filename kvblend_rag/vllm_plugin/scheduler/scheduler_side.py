@@ -48,6 +48,7 @@ from kvblend_rag.vllm_plugin.metrics import BlendStats
 from kvblend_rag.vllm_plugin.request import PARAMETER, Ingest, facts, read_wish
 from kvblend_rag.vllm_plugin.scheduler.closing import ClosingDesk
 from kvblend_rag.vllm_plugin.scheduler.crowd import Crowd
+from kvblend_rag.vllm_plugin.scheduler.errands import Errands
 from kvblend_rag.vllm_plugin.scheduler.library import Library
 from kvblend_rag.vllm_plugin.scheduler.planner import Planner
 from kvblend_rag.vllm_plugin.scheduler.prefix_cache import isolate, still_computing
@@ -57,6 +58,9 @@ logger = logging.getLogger(__name__)
 _DIGESTS_REMEMBERED = 4096
 _PATIENCE = 2.0
 """A request waits for its chunks to be brought near so many times as long as that should take."""
+
+_PREFILL = 32
+"""Tokens of one request in a step from which on it is a prefill, and tells something about how long those take."""
 
 _UNCOUNTED = 4096  # bounded for the case that nobody asks for statistics
 
@@ -119,6 +123,8 @@ class SchedulerSide:
         self._choices: OrderedDict[str, BlendPlan] = OrderedDict()
         """What was chosen of all that was found, by the digest of the latter: the same prompt blends the same."""
         self._fetch: list[str] = []
+        """Chunks that somebody waits for."""
+        self._errands = Errands()
         self._number = 0
         self._crowd = Crowd(int(vllm_config.scheduler_config.max_num_batched_tokens))
 
@@ -251,11 +257,13 @@ class SchedulerSide:
         saves = self._finished_chunks(scheduler_output) if self._savings else []
         closing = Closing(self._desk.take(), self._seen_prompts, busy=self._busy(scheduler_output))
         self._number += 1
-        plan = StepPlan(self._jobs, saves, self._met_again, closing, self._number, self._fetch)
+        prefills = max(scheduler_output.num_scheduled_tokens.values(), default=0) >= _PREFILL
+        fetch = self._fetch + self._errands.take(prefills or bool(self._jobs))
+        plan = StepPlan(self._jobs, saves, self._met_again, closing, self._number, fetch)
         if self._planner is not None:
             if saves and self._config.local_device == "cpu":
                 self._planner.saved(job.key for job in saves)
-            elif not saves:  # copying them out takes part of the step
+            elif prefills and not saves:  # copying them out takes part of the step
                 self._planner.steps(self._number, _work(scheduler_output))
         self._jobs, self._met_again, self._fetch, self._seen_prompts = [], {}, [], []
         self._crowd.next_step()
@@ -366,8 +374,7 @@ class SchedulerSide:
                 reason = self._wait_for_chunks(blend, choice, step)
                 if reason is None:
                     return
-        if choice.slow:
-            self._fetch.extend(choice.slow)
+        self._errands.add(choice.slow)
         if reason is not None:
             del self._blends[request.request_id]
             self._note(request.request_id, reason=reason)

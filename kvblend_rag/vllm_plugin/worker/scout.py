@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Sequence
 
 from kvblend_rag.errors import StoreError
@@ -19,6 +20,9 @@ _LOOKED_AT = 16
 
 _PATIENCE_SECONDS = 2.0
 """An engine's start waits so long for tiers to be measured; slower ones are known later."""
+
+_BETWEEN_MEASURES_S = 5.0
+"""Where what was fetched last is not kept anywhere near, reading only tells how fast it goes: so often is enough."""
 
 _IN_LINE = 4
 """Requests whose chunks wait to be fetched; those of more are let go, somebody will want them again."""
@@ -65,8 +69,12 @@ class Scout:
         self._thread.join(_PATIENCE_SECONDS)
 
     def _work(self) -> None:
+        near = [tier for tier in self._store.tiers if not tier.remote]
+        kept, last = True, 0.0
         while (keys := self._queue.get()) is not None and not self._closed:
-            self._read(keys)
+            if kept or time.monotonic() - last >= _BETWEEN_MEASURES_S:
+                came = self._read(keys)
+                kept, last = not came or any(tier.contains(key) for tier in near for key in keys), time.monotonic()
 
     def _measure(self, keys: Sequence[str]) -> None:
         found: dict[str, list[str]] = {}
@@ -80,13 +88,15 @@ class Scout:
                 self._read(inside[first : first + count])
                 first += count
 
-    def _read(self, keys: Sequence[str]) -> None:
+    def _read(self, keys: Sequence[str]) -> bool:
+        """Read, and tell whether anything was."""
         loads: list[TierLoad] = []
         # Who needs a chunk that can't be read will be told.
         with contextlib.suppress(StoreError):
             self._store.get_many(keys, loads)
         with self._lock:
             self._loads += loads
+        return bool(loads)
 
 
 __all__ = ["Scout"]
