@@ -42,15 +42,17 @@ class Drift:
 
     def factor(self, tokens: float) -> float:
         """By what to multiply a prediction of this size; that of the nearest size known, 1 where none is."""
-        if not self._ratios:
-            return 1.0
-        size = _size(tokens)
-        return self._ratios[min(self._ratios, key=lambda known: abs(known - size))]
+        return self._ratios[self._nearest(tokens)] if self._ratios else 1.0
 
-    def forget(self) -> None:
-        """Move every correction a little towards none."""
-        for size, ratio in self._ratios.items():
-            self._ratios[size] = ratio + _FORGOTTEN * (1.0 - ratio)
+    def forget(self, tokens: float) -> None:
+        """Move this size's correction, or that of the nearest size known, a little towards none."""
+        if self._ratios:
+            nearest = self._nearest(tokens)
+            self._ratios[nearest] += _FORGOTTEN * (1.0 - self._ratios[nearest])
+
+    def _nearest(self, tokens: float) -> int:
+        size = _size(tokens)
+        return min(self._ratios, key=lambda known: abs(known - size))
 
 
 def _size(tokens: float) -> int:

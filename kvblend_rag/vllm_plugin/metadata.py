@@ -104,7 +104,7 @@ class StepPlan(KVConnectorMetadata):
     number: int = 0
     """Of the step."""
     fetch: list[str] = field(default_factory=list)
-    """Chunks to bring into host memory beside the engine's work."""
+    """Chunks to bring into host memory, from this step on."""
 
 
 @dataclass(frozen=True)

@@ -133,5 +133,7 @@ def test_drift_follows_what_is_measured_by_size():
     drift.observe(2000, 0.0, 1.0)
     before = drift.factor(2000)
     for _ in range(200):
-        drift.forget()
+        drift.forget(2000)
     assert abs(drift.factor(2000) - 1) < 0.05 * abs(before - 1)
+    assert drift.factor(5) == 0.5  # short prompts are left alone for other reasons
+    Drift().forget(5)

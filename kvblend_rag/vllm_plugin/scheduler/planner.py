@@ -60,7 +60,7 @@ class Planner:
             blend_drift=self._blends.factor,
         )
         if not choice.worth_it:
-            self._blends.forget()
+            self._blends.forget(plan.prompt_tokens - plan.cached)
         return choice
 
     def hopeless(self, tokens: int, recipe: Recipe) -> str | None:
@@ -73,7 +73,7 @@ class Planner:
             blend_drift=self._blends.factor,
         )
         if reason is not None:
-            self._blends.forget()
+            self._blends.forget(tokens)
         return reason
 
     def tier(self, key: str) -> Tier:
