@@ -40,9 +40,9 @@ class Drift:
         before = self._ratios.get(size, ratio)
         self._ratios[size] = before + _WEIGHT * (ratio - before)
 
-    def factor(self, tokens: float) -> float:
-        """By what to multiply a prediction of this size; that of the nearest size known, 1 where none is."""
-        return self._ratios[self._nearest(tokens)] if self._ratios else 1.0
+    def factor(self, tokens: float, unknown: float = 1.0) -> float:
+        """By what to multiply a prediction of this size; that of the nearest size known, ``unknown`` where none is."""
+        return self._ratios[self._nearest(tokens)] if self._ratios else unknown
 
     def forget(self, tokens: float) -> None:
         """Move this size's correction, or that of the nearest size known, a little towards none."""

@@ -1,5 +1,6 @@
 """What workers measure: steps without their blends, reads by tier, what is in memory; no engine is needed."""
 
+import itertools
 import time
 from types import SimpleNamespace
 
@@ -165,6 +166,9 @@ class Forward:
         self.clock.now += self.clock.pace.seconds(Work.of(ranges))
 
 
+ALONE = SimpleNamespace(least=lambda number: number)
+"""One rank."""
+
 LAYERS = [SimpleNamespace(sees_all=number % 2 == 0, number=number) for number in range(12)]
 """Every other one sees a window only."""
 
@@ -193,9 +197,9 @@ def test_a_rehearsal_finds_the_pace(monkeypatch, blocks, longest):
         clock.now += clock.pace.seconds(Work.of(computed) + effort_of(job.recipe, None).recomputed(job.plan))
         return Outcome()
 
-    small = Rehearsal(paged, forward, blend, shelf, blocks=5, max_model_len=longest, vocabulary=100)
+    small = Rehearsal(paged, forward, blend, shelf, ALONE, blocks=5, max_model_len=longest, vocabulary=100)
     assert small.run(Recipe("first", 0.15, 16)) is None
-    rehearsal = Rehearsal(paged, forward, blend, shelf, blocks=blocks, max_model_len=longest, vocabulary=100)
+    rehearsal = Rehearsal(paged, forward, blend, shelf, ALONE, blocks=blocks, max_model_len=longest, vocabulary=100)
     pace = rehearsal.run(Recipe("first", 0.15, 16))
     room = min(longest - 1, (blocks - 1) * 16)
     assert all(0 <= row.start < row.stop <= room for row in forward.seen)
@@ -221,11 +225,59 @@ def test_a_rehearsal_goes_by_chunks_as_the_store_gives_them(encoding, smaller):
     assert whole / shelf.token_bytes() >= smaller
 
 
+@pytest.mark.parametrize("first", [1, 5, 34, 40, 50])
+def test_what_disturbs_the_machine_for_a_while_makes_no_pass_look_slow(monkeypatch, first):
+    """Five passes in a row take ten times as long: all that were made of a kind, were each kind timed for itself."""
+    clock, paged = Clock(monkeypatch), Paged()
+    forward, shelf = Forward(clock), Shelf(paged)
+    quiet, passes = forward.run, itertools.count()
+
+    def run(rows):
+        before, disturbed = clock.now, first <= next(passes) < first + 5
+        quiet(rows)
+        clock.now += 9 * (clock.now - before) * disturbed
+
+    forward.run = run
+
+    def blend(job):
+        run([SimpleNamespace(start=start, stop=stop) for start, stop in job.plan.computed_ranges()])
+        return Outcome()
+
+    rehearsal = Rehearsal(paged, forward, blend, shelf, ALONE, blocks=500, max_model_len=4096, vocabulary=100)
+    pace = rehearsal.run(Recipe("none", 0.0, 16))
+    for work in (Work.of([(0, 64)]), Work.of([(0, 900)]), Work.of([(1000, 1200)])):
+        assert pace.forward.seconds(work) == pytest.approx(clock.pace.seconds(work), rel=0.05)
+
+
+def test_ranks_compute_the_same_passes_as_often_whatever_their_clocks_say(monkeypatch):
+    """Else one would wait for the others' part of a pass for ever."""
+    asked, seen = [], []
+
+    def least(number):
+        asked.append(number)
+        return 70 if len(asked) == 2 else 5
+
+    for hurry in (1.0, 1.7):
+        asked.clear()
+        clock, paged = Clock(monkeypatch), Paged()
+        clock.pace = ForwardPace(clock.fixed * hurry, clock.token * hurry)
+        forward, shelf = Forward(clock), Shelf(paged)
+        ranks = SimpleNamespace(least=least)
+        Rehearsal(paged, forward, lambda job: None, shelf, ranks, blocks=500, max_model_len=4096, vocabulary=100).run(
+            Recipe("none", 0.0, 16)
+        )
+        seen.append([(row.start, row.stop) for row in forward.seen])
+    assert seen[0] == seen[1]
+    assert len(asked) == 3
+
+
 def test_a_rehearsal_that_fails_ends_no_start(monkeypatch, caplog):
     def blend(job):
         raise RuntimeError("CUDA out of memory")
 
     paged, clock = Paged(), Clock(monkeypatch)
-    rehearsal = Rehearsal(paged, Forward(clock), blend, Shelf(paged), blocks=500, max_model_len=4096, vocabulary=100)
+    rehearsal = Rehearsal(
+        paged, Forward(clock), blend, Shelf(paged), ALONE, blocks=500, max_model_len=4096, vocabulary=100
+    )
     assert rehearsal.run(Recipe("first", 0.15, 16)) is None
     assert "its rehearsal failed (CUDA out of memory)" in caplog.text

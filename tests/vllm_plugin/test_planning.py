@@ -258,6 +258,16 @@ def test_a_blend_that_takes_longer_than_predicted_is_not_blended_again(start, ma
     assert ask(side, make(prompt(0, 1, 3), "late"))
 
 
+def test_a_machine_that_is_busy_makes_no_blend_look_fast(start, make):
+    """vLLM's steps take three times as long as rehearsed, and no blend was measured yet: it would as well."""
+    side = start(Pace(ForwardPace(0.001, 1e-3, max_tokens=LIMIT), 0.2, 1e-6, TOKEN_BYTES))
+    side.worker_reported(StepOutcome(in_memory=dict.fromkeys(KEYS, True)))
+    for _ in range(5):
+        step(side, plain=(0, 500))
+        side.worker_reported(StepOutcome(step_seconds={side._number: 1.5}))
+    assert ask(side, make(prompt(0))) == 0
+
+
 def test_a_prompt_that_was_blended_before_finds_its_blocks_whatever_the_pace_is_by_now(start, make):
     side = start()
     one, two = make(prompt(0, 1), "one"), make(prompt(0, 1), "two")

@@ -57,7 +57,7 @@ class Planner:
             self.pace,
             self.tier,
             plain_drift=self._plain.factor,
-            blend_drift=self._blends.factor,
+            blend_drift=self._blend_drift,
         )
         if not choice.worth_it:
             self._blends.forget(plan.prompt_tokens - plan.cached)
@@ -70,7 +70,7 @@ class Planner:
             self._effort(recipe),
             self.pace,
             plain_drift=self._plain.factor,
-            blend_drift=self._blends.factor,
+            blend_drift=self._blend_drift,
         )
         if reason is not None:
             self._blends.forget(tokens)
@@ -149,6 +149,10 @@ class Planner:
             reads = -(-load.chunks // at_once)
             readings = self._readings.setdefault(load.tier, Readings())
             readings.observe(reads, load.bytes, load.milliseconds / 1e3 / at_once)
+
+    def _blend_drift(self, tokens: float) -> float:
+        """Until a blend is measured, what makes vLLM's steps slower than rehearsed is taken to slow it as much."""
+        return self._blends.factor(tokens, unknown=max(self._plain.factor(tokens), 1.0))
 
     def _pace_of(self, tier: str) -> ReadPace | None:
         return self._readings[tier].pace() if tier in self._readings else None

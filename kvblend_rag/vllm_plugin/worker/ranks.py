@@ -24,11 +24,15 @@ class Ranks:
 
     def all_agree(self, fine: bool) -> bool:
         """Whether it is true on every rank: if one can't load its heads, none blends."""
+        return bool(self.least(int(fine)))
+
+    def least(self, number: int) -> int:
+        """The least of the ranks' numbers: what each found out by its own clock is another on each."""
         if self.size == 1:
-            return fine
-        flag = torch.tensor(int(fine))
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN, group=self._group.cpu_group)
-        return bool(flag)
+            return number
+        least = torch.tensor(number)
+        torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN, group=self._group.cpu_group)
+        return int(least)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, float32; each sees its own heads only."""

@@ -7,10 +7,11 @@ and compiles. So it is tried, in free blocks, on chunks that nobody stored.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from kvblend_rag.vllm_plugin.metadata import BlendJob, Outcome, Recipe
 from kvblend_rag.vllm_plugin.worker.evidence import shares
 from kvblend_rag.vllm_plugin.worker.forward import Row, ScatteredForward
 from kvblend_rag.vllm_plugin.worker.paged_kv import PagedKV
+from kvblend_rag.vllm_plugin.worker.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +42,10 @@ _LEAST_ROOM = 128
 _HEADER, _QUESTION = 16, 32
 _USUAL = 256
 """Tokens of a chunk, where its size matters."""
-_REPEATS = 4
-"""The least time counts: another process disturbs some passes, hardly all."""
+_ROUNDS, _MOST_ROUNDS = 4, 32
+_ROUNDS_SECONDS = 0.5
+"""The least time counts, of at least four rounds and of as many as this allows: what disturbs the machine for a tenth
+of a second spoils a few rounds of a tiny model, and in each of them everything alike."""
 
 
 class Shelf:
@@ -84,6 +88,7 @@ class Rehearsal:
         forward: computes.
         blend: of a blender over ``shelf``.
         shelf: where the blender finds chunks.
+        ranks: which all compute the same passes, as often.
         blocks: of the cache.
         max_model_len: positions that the model knows.
         vocabulary: token ids are below it.
@@ -95,12 +100,14 @@ class Rehearsal:
         forward: ScatteredForward,
         blend: Callable[[BlendJob], Outcome],
         shelf: Shelf,
+        ranks: Ranks,
         *,
         blocks: int,
         max_model_len: int,
         vocabulary: int,
     ) -> None:
         self._paged, self._forward, self._blend, self._shelf = paged, forward, blend, shelf
+        self._ranks = ranks
         self._room = min(max_model_len - 1, (blocks - 1) * paged.block_size)
         generator = np.random.default_rng(0)
         self._tokens = generator.integers(3, vocabulary, self._room).astype(np.int32)
@@ -119,9 +126,15 @@ class Rehearsal:
 
     def _pace(self, recipe: Recipe) -> Pace:
         count = self._size()
+        shapes = self._shapes(count)
+        plans = [self._plan(chunks, max(count // 4, 16)) for chunks in (1, 4)]
+        jobs = [BlendJob("rehearsal", self._tokens, self._blocks, 0, plan, recipe) for plan in plans]
+        passes = [functools.partial(self._pass, ranges) for ranges in shapes]
+        seconds = self._timed([*passes, *(functools.partial(self._blend, job) for job in jobs)])
+        samples = list(zip(map(Work.of, shapes), seconds, strict=False))
         share = shares(self._paged)
         pace = Pace(
-            self._forward_pace(count),
+            ForwardPace.fit(samples, max_tokens=self._forward.max_tokens, max_rows=self._forward.max_rows),
             blend=0.0,
             placed=0.0,
             token_bytes=self._shelf.token_bytes(),
@@ -130,12 +143,9 @@ class Rehearsal:
         )
         effort = effort_of(recipe, pace)
         over = []
-        for chunks in (1, 4):
-            plan = self._plan(chunks, max(count // 4, 16))
-            job = BlendJob("rehearsal", self._tokens, self._blocks, 0, plan, recipe)
-            seconds = self._timed(lambda job=job: self._blend(job))  # type: ignore[misc]
+        for plan, taken in zip(plans, seconds[len(shapes) :], strict=True):
             last = pace.forward.seconds(Work.of([(plan.prompt_tokens - 1, plan.prompt_tokens)]))
-            over.append((plan.reused_tokens, seconds - (blend_seconds(plan, effort, pace) - last)))
+            over.append((plan.reused_tokens, taken - (blend_seconds(plan, effort, pace) - last)))
         (few, short), (many, long) = over
         placed = max((long - short) / (many - few), 0.0)
         fixed = max(short - placed * few, 0.0)
@@ -143,24 +153,22 @@ class Rehearsal:
 
     def _size(self) -> int:
         """Tokens of a pass that is long enough to be measured, and no longer."""
-        seconds = self._timed(lambda: self._pass([(0, min(_FEWEST, self._room))]))
+        (seconds,) = self._timed([lambda: self._pass([(0, min(_FEWEST, self._room))])])
         wanted = int(_FEWEST * _SECONDS / max(seconds, 1e-9))
         most = min(_MOST, self._forward.max_tokens, (self._room - _HEADER - _QUESTION))
-        return max(min(wanted, most), min(_FEWEST, most))
+        return self._ranks.least(max(min(wanted, most), min(_FEWEST, most)))
 
-    def _forward_pace(self, count: int) -> ForwardPace:
-        """From a short pass, a long one, one far behind, and one of many short rows."""
+    def _shapes(self, count: int) -> list[list[tuple[int, int]]]:
+        """A short pass, a long one, one far behind, and one of many short rows."""
         far, few = self._room - count, max(count // 16, 1)
         rows = min(self._forward.max_rows, count // 16, self._room // 32) or 1
         step = self._room // rows
-        shapes = [
+        return [
             [(0, few)],
             [(0, count)],
             [(far, far + count)],
             [(index * step, index * step + count // rows) for index in range(rows)],
         ]
-        samples = [(Work.of(ranges), self._timed(lambda r=ranges: self._pass(r))) for ranges in shapes]  # type: ignore[misc]
-        return ForwardPace.fit(samples, max_tokens=self._forward.max_tokens, max_rows=self._forward.max_rows)
 
     def _pass(self, ranges: Iterable[tuple[int, int]]) -> None:
         self._forward.run([Row(self._tokens, self._blocks, start, stop) for start, stop in ranges])
@@ -169,21 +177,29 @@ class Rehearsal:
         tokens = min(tokens, (self._room - _HEADER - _QUESTION) // chunks - 1)
         runs = []
         for index in range(chunks):
-            self._shelf.put(f"rehearsal {index}", tokens)
-            runs.append(Match(f"rehearsal {index}", _HEADER + index * (tokens + 1), 0, tokens))
+            key = f"rehearsal {chunks} {index}"
+            self._shelf.put(key, tokens)
+            runs.append(Match(key, _HEADER + index * (tokens + 1), 0, tokens))
         return BlendPlan(runs[-1].stop + _QUESTION, tuple(runs))
 
-    def _timed(self, act: Callable[[], object]) -> float:
-        """The least seconds of some, the first of its kind not counted."""
-        act()
-        best = math.inf
-        for _ in range(_REPEATS):
-            self._wait()
-            started = time.perf_counter()
-            act()
-            self._wait()
-            best = min(best, time.perf_counter() - started)
-        return best
+    def _timed(self, acts: Sequence[Callable[[], object]]) -> list[float]:
+        """The least seconds of each, done in turn; the first round is not counted."""
+        least = [math.inf] * len(acts)
+        done, rounds = 0, 1
+        while done <= rounds:
+            began = time.perf_counter()
+            for index, act in enumerate(acts):
+                self._wait()
+                started = time.perf_counter()
+                act()
+                self._wait()
+                if done:
+                    least[index] = min(least[index], time.perf_counter() - started)
+            if done == 1:
+                wanted = int(_ROUNDS_SECONDS / max(time.perf_counter() - began, 1e-9))
+                rounds = self._ranks.least(min(max(wanted, _ROUNDS), _MOST_ROUNDS))
+            done += 1
+        return least
 
     def _wait(self) -> None:
         if self._paged.device.type == "cuda":

@@ -315,6 +315,7 @@ class WorkerSide:
             forward,
             Blender(self._paged, forward, loader, shelf, nothing_hot, context_tokens, ranks).blend,
             shelf,
+            ranks,
             blocks=self._runner.kv_cache_config.num_blocks,
             max_model_len=int(model.max_model_len),
             vocabulary=model.get_vocab_size(),
