@@ -45,7 +45,7 @@ def _logits(
     """
     layer, kv_head = head // kv_heads, head % kv_heads
     # Said, since of an address out of memory the compiler can't know it.
-    cache = tl.multiple_of(tl.load(addresses + layer), 16).to(queries.dtype)
+    cache = tl.multiple_of(tl.load(addresses + layer).to(queries.dtype), 16)
     dim = tl.arange(0, DIM_PADDED)
     q = tl.load(
         queries + (head * rows + row)[:, None] * DIM + dim[None, :],

@@ -63,7 +63,7 @@ def _kernel(
             key = tl.where(rotated, turned, key)
         value = tl.load(staged + tl.load(values_at + token) + behind + head * DIM + dim, mask=inside, other=0.0)
         # Said, since of an address out of memory the compiler can't know it, and would store piece by piece.
-        cache = tl.multiple_of(tl.load(addresses + first + layer), 16).to(staged.dtype)
+        cache = tl.multiple_of(tl.load(addresses + first + layer).to(staged.dtype), 16)
         target = cache + (slot // block_size) * block_stride + (slot % block_size) * token_stride
         tl.store(target + head * head_stride + dim, key, mask=inside)
         tl.store(target + head * head_stride + DIM + dim, value, mask=inside)
