@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvblend_rag.commands import terminal
-from kvblend_rag.commands.machine import engine_facts, machine
+from kvblend_rag.commands.machine import engine_facts, has_gpu, machine
 from kvblend_rag.commands.session import EngineOptions, started
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import ConfigError
@@ -103,14 +103,12 @@ def gpu(
     json: str | None = None,
 ) -> int:
     """TTFT, ingest and load on a GPU, on random weights of a known model's shape; see ``bench_gpu``."""
-    import torch
-
     from kvblend_rag.commands import bench_gpu, bench_gpu_plot
     from kvblend_rag.commands.shapes import SHAPES
 
     if shape not in SHAPES:
         raise ConfigError(f"--shape is {shape!r}, and must be one of {', '.join(SHAPES)}.")
-    if not torch.cuda.is_available():
+    if not has_gpu():
         raise ConfigError("There is no CUDA GPU here: `kvblend bench ttft` measures on a CPU.")
     folder = Path(timelines) if timelines else None
     result = bench_gpu.run(shape, lengths, spans, repeats, folder, load, sweep, device_gb, enforce_eager=eager)
@@ -151,9 +149,7 @@ def planner(
 
 def _cpu_arguments() -> dict[str, Any]:
     """Without a GPU, vLLM would take nine tenths of the machine's memory for each engine."""
-    import torch
-
-    return {} if torch.cuda.is_available() else {"kv_cache_memory_bytes": 1 << 30}
+    return {} if has_gpu() else {"kv_cache_memory_bytes": 1 << 30}
 
 
 def _measured(engine: EngineOptions, bench: Any, json: str | None, *, planner: bool = False, **settings: Any) -> int:

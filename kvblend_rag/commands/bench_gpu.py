@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +44,8 @@ _POPULATION = 128
 """Chunks from which prompts under load are drawn."""
 
 _SWEEP_RATIOS = (0.05, 0.1, 0.15, 0.2)
+
+_CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "driver_version")
 
 _COPIED_BYTES = 1 << 30
 
@@ -115,7 +118,7 @@ def run(
             if timelines is not None:
                 _trace(llm, max(lengths), arms(spans), timelines, rng)
             load = _under_load(llm, min(lengths), load_seconds, rng) if load_seconds else None
-            info = llm.kvblend.engine.info
+            clocks, info = _clocks(), llm.kvblend.engine.info
         hot = {}
         if device_gb:
             with LLM(model, config=config.replace(max_device_gb=device_gb), **options) as llm:
@@ -135,7 +138,7 @@ def run(
         "load": load,
         "engine": info.version,
         "dtype": info.dtype,
-        "machine": _machine(),
+        "machine": _machine() | {"clocks": clocks},
         "command": " ".join([sys.argv[0], *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -301,6 +304,19 @@ def _trace(
         llm.generate(prompt, engine.one_token(), blend=options)
         file = "".join(letter if letter.isalnum() else "-" for letter in name)
         engine.run(engine.call("stop_trace", str(folder / f"{file}.json")))
+
+
+def _clocks() -> dict[str, str]:
+    """Of the first GPU, right after it worked: what it runs at, what it may, and its driver; empty where nobody tells.
+
+    By ``nvidia-smi``, whose names these are; clocks in MHz, power in W.
+    """
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(_CLOCKS, map(str.strip, told.split(",")), strict=True))
 
 
 def _machine() -> dict[str, Any]:

@@ -31,6 +31,17 @@ def machine() -> dict[str, Any]:
     }
 
 
+def has_gpu() -> bool:
+    """Whether PyTorch can use a GPU; asked of the driver's library, as vLLM does.
+
+    PyTorch's own way starts CUDA, and the engine that vLLM then forks from this process can't use it any more.
+    """
+    import torch
+
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    return torch.cuda.is_available()
+
+
 def engine_facts(info: EngineInfo, eager: bool) -> dict[str, Any]:
     """What the engine runs, JSON-able."""
     return {
@@ -61,4 +72,4 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-__all__ = ["engine_facts", "machine"]
+__all__ = ["engine_facts", "has_gpu", "machine"]

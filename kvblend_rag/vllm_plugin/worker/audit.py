@@ -101,9 +101,7 @@ class Audit:
 
     def _read(self, blocks: BlockIds, start: int, stop: int) -> list[list[torch.Tensor]]:
         """By layer: keys and values of positions ``[start, stop)``, copied."""
-        return [
-            [half[start:].clone() for half in self._paged.read(layer, blocks, stop)] for layer in self._paged.layers
-        ]
+        return [[half[start:].clone() for half in halves] for halves in self._paged.read_all(blocks, stop)]
 
     def _blocks_of(self, tokens: int) -> int:
         return -(-tokens // self._paged.block_size)

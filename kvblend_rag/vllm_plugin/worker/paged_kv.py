@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -139,7 +139,15 @@ class PagedKV:
 
     def read(self, layer: AttentionLayer, block_ids: BlockIds, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a request's first tokens, each (tokens, kv_heads, head_dim), out of a layer."""
-        inside = self._flat(layer.cache[self.table(block_ids, tokens).long()])
+        return self._read(layer, self.table(block_ids, tokens).long(), tokens)
+
+    def read_all(self, block_ids: BlockIds, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The same out of every layer, in their order."""
+        table = self.table(block_ids, tokens).long()
+        return (self._read(layer, table, tokens) for layer in self.layers)
+
+    def _read(self, layer: AttentionLayer, table: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inside = self._flat(layer.cache[table])
         return self._keys.read(inside, tokens), self._values.read(inside, tokens)
 
     def read_keys(self, layer: AttentionLayer, block_ids: BlockIds, tokens: int) -> torch.Tensor:

@@ -138,8 +138,8 @@ class WorkerSide:
             shape = paged.chunk_shape(job.stop - job.start)
             writer.wait_for_room(math.prod(shape) * paged.dtype.itemsize)
             kv = torch.empty(shape, dtype=paged.dtype, device=paged.device)
-            for index, layer in enumerate(paged.layers):
-                for half, tokens in zip(kv[index], paged.read(layer, job.block_ids, job.stop), strict=True):
+            for halves, found in zip(kv, paged.read_all(job.block_ids, job.stop), strict=True):
+                for half, tokens in zip(halves, found, strict=True):
                     half.copy_(tokens[job.start :])
             writer.write(StoredChunk(job.key, job.namespace, job.token_ids, kv))
 
