@@ -100,6 +100,7 @@ def _verified(
         "refusal": info.refusal,
         "engine": info.version,
         "device": info.device,
+        "gpu": machine().get("gpu"),
         "dtype": info.dtype,
         "compiled": setup["compiled"],
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
