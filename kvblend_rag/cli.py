@@ -250,6 +250,15 @@ def _bench(verbs: Any) -> None:
     parser.add_argument("--eager", action="store_true", help="start faster: leave vLLM's compilation out")
     _json(parser)
     parser = _verb(
+        benches, "load", "Throughput, and the time between tokens, under load; random weights.", ("bench", "load")
+    )
+    parser.add_argument("--shape", default="small", metavar="NAME", help="of which model; random weights")
+    parser.add_argument("--chunk-tokens", type=int, default=128, metavar="N", help="of each chunk (default 128)")
+    parser.add_argument("--per-prompt", type=int, default=6, metavar="N", help="chunks in a prompt (default 6)")
+    parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="of each run (default 20)")
+    parser.add_argument("--eager", action="store_true", help="start faster: leave vLLM's compilation out")
+    _json(parser)
+    parser = _verb(
         benches, "encodings", "Size and error of KV at rest; needs a store, no engine.", ("bench", "encodings")
     )
     parser.add_argument("--chunks", type=int, default=32, help="read at most so many (default 32)")

@@ -147,6 +147,31 @@ def planner(
     return 1 if result["worst_ratio"] > _SLOWER else 0
 
 
+def load(
+    *,
+    shape: str = "small",
+    chunk_tokens: int = 128,
+    per_prompt: int = 6,
+    seconds: float = 20.0,
+    eager: bool = False,
+    json: str | None = None,
+) -> int:
+    """Throughput at plain vLLM's latency, and the time between tokens of running answers; see ``bench_load``."""
+    from kvblend_rag.commands import bench_load
+    from kvblend_rag.commands.shapes import SHAPES
+
+    if shape not in SHAPES:
+        raise ConfigError(f"--shape is {shape!r}, and must be one of {', '.join(SHAPES)}.")
+    for name, value in (("chunk-tokens", chunk_tokens), ("per-prompt", per_prompt), ("seconds", seconds)):
+        if value < 1:
+            raise ConfigError(f"--{name} is {value:g}, and must be 1 or more.")
+    before = machine()
+    result = bench_load.measure(shape, chunk_tokens, per_prompt, seconds, enforce_eager=eager, **_cpu_arguments())
+    terminal.prose(json).print(bench_load.table(result))
+    terminal.write_json({"command": _command(), "machine": before, **result}, json)
+    return 0
+
+
 def _cpu_arguments() -> dict[str, Any]:
     """Without a GPU, vLLM would take nine tenths of the machine's memory for each engine."""
     return {} if has_gpu() else {"kv_cache_memory_bytes": 1 << 30}
@@ -172,4 +197,4 @@ def _command() -> str:
     return shlex.join(["kvblend", *sys.argv[1:]])
 
 
-__all__ = ["encodings", "gpu", "ingest", "match", "planner", "ttft"]
+__all__ = ["encodings", "gpu", "ingest", "load", "match", "planner", "ttft"]

@@ -204,7 +204,7 @@ def _disk_bandwidth(folder: Path) -> float:
 def _under_load(llm: LLM, length: int, seconds: float, rng: np.random.Generator) -> dict[str, Any]:
     chunks = _library(llm, length, rng, _POPULATION)
     traffic = bench_load.Traffic(chunks, length // CHUNK_TOKENS, 100_000)
-    return bench_load.run(llm, traffic, {"selector": "first", "ratio": 0.1, "span": 64}, seconds)
+    return bench_load.run(llm, traffic, bench_load.BLEND, seconds)
 
 
 def table(result: dict[str, Any]) -> Table:

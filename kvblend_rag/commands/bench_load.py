@@ -1,27 +1,36 @@
-"""``kvblend bench load``: plain vLLM and blending under load, on one engine in one run.
+"""``kvblend bench load``: plain vLLM and blending under load, on one engine in one run; part of ``bench gpu`` too.
 
 Prompts of chunks that are drawn by Zipf's law arrive at random (Poisson), whether earlier ones are answered
 or not. The prefix cache stays on and is emptied before each run.
 
 - Throughput: plain requests at a rate that the engine sustains give a 95th percentile of TTFT; then the highest
   tried rate of blended ones that keeps it.
-- Inter-token latency: how long the tokens of running answers are apart while long prompts arrive.
+- Inter-token latency: how long the tokens of running answers are apart while long prompts arrive: none, plain ones,
+  blended ones, and both by turns.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from kvblend_rag.blend.chunk import TokenIds, as_token_ids
+from kvblend_rag.commands.machine import engine_facts
+from kvblend_rag.config import BlendConfig
 from kvblend_rag.llm import LLM
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PLAIN = {"blend": False}
 _QUESTION_TOKENS = 64
@@ -32,6 +41,10 @@ _RATES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)
 """Rates of blended requests that are tried, as multiples of the plain one."""
 
 _DECODERS = 16
+_ANSWER = 4096
+"""Tokens of a running answer at most."""
+
+BLEND = {"selector": "first", "ratio": 0.1, "span": 64}
 
 
 @dataclass
@@ -91,10 +104,13 @@ def run(
         if row["ttft_ms"]["p95"] > plain["ttft_ms"]["p95"]:
             break
         sustained = factor
-    decoding = {
-        name: _decoding(llm, traffic, rate / 2, options, seconds)
-        for name, options in (("idle", None), ("plain", PLAIN), ("blended", blend))
+    arriving: dict[str, list[dict[str, Any]]] = {
+        "idle": [],
+        "plain": [PLAIN],
+        "blended": [blend],
+        "mixed": [PLAIN, blend],
     }
+    decoding = {name: _decoding(llm, traffic, rate / 2, kinds, seconds) for name, kinds in arriving.items()}
     engine.run(engine.reset_prefix_cache())
     return {
         "settings": {
@@ -110,6 +126,53 @@ def run(
         "rate_at_plain_p95": sustained,
         "inter_token_ms": decoding,
     }
+
+
+def measure(shape: str, chunk_tokens: int, per_prompt: int, seconds: float, **engine_args: Any) -> dict[str, Any]:
+    """``run`` on an engine of its own, with random weights; JSON-able.
+
+    Args:
+        shape: a name in ``shapes.SHAPES``.
+        chunk_tokens: of each of the chunks.
+        per_prompt: chunks in a prompt.
+        seconds: how long prompts arrive in each run.
+        engine_args: any of vLLM's engine arguments.
+    """
+    from kvblend_rag.commands.shapes import SHAPES, write_shape
+
+    rng, vocabulary = np.random.default_rng(0), int(str(SHAPES[shape]["vocab_size"]))
+    with tempfile.TemporaryDirectory(prefix="kvblend-bench-") as folder:
+        config = BlendConfig(
+            store_path=str(Path(folder) / "store"), ingest_context="none", chunk_size=65_536, planner=False
+        )
+        options = {
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "max_model_len": max(_ANSWER + 256, chunk_tokens * per_prompt + 256),
+            **engine_args,
+        }
+        with LLM(write_shape(shape, Path(folder) / "model"), config=config, **options) as llm:
+            chunks = [rng.integers(100, vocabulary, chunk_tokens).astype(np.int32) for _ in range(8 * per_prompt)]
+            llm.kvblend.ingest(chunks)
+            found = run(llm, Traffic(chunks, per_prompt, vocabulary), BLEND, seconds)
+            info = llm.kvblend.engine.info
+    return {"engine": engine_facts(info, bool(engine_args.get("enforce_eager"))), "shape": shape, "load": found}
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Milliseconds between the tokens of running answers, by what arrives."""
+    from rich.table import Table
+
+    load = result["load"]
+    shown = Table(title=f"Between the tokens of {_DECODERS} answers, {result['shape']}, random weights")
+    for column in ("arriving", "mean, ms", "p50", "p95", "p99", "max"):
+        shown.add_column(column, justify="left" if column == "arriving" else "right")
+    for name, gaps in load["inter_token_ms"].items():
+        shown.add_row(name, *(f"{gaps[key]:.1f}" for key in ("mean", "p50", "p95", "p99", "max")))
+    shown.caption = (
+        f"Blended requests keep plain ones' 95th percentile of TTFT at {load['rate_at_plain_p95']:g} times the rate."
+    )
+    return shown
 
 
 def _loaded(
@@ -143,14 +206,14 @@ def _loaded(
 
 
 def _decoding(
-    llm: LLM, traffic: Traffic, rate: float, blend: dict[str, Any] | None, seconds: float
+    llm: LLM, traffic: Traffic, rate: float, kinds: Sequence[dict[str, Any]], seconds: float
 ) -> dict[str, float]:
-    """Milliseconds between the tokens of running answers while prompts arrive; None for ``blend``: none do."""
+    """Milliseconds between the tokens of running answers while prompts of these kinds arrive by turns."""
     from kvblend_rag.commands.arms import greedy
 
     engine = llm.kvblend.engine
     engine.run(engine.reset_prefix_cache())
-    long, short = greedy(4096, ignore_eos=True, detokenize=False), greedy(1, detokenize=False)
+    long, short = greedy(_ANSWER, ignore_eos=True, detokenize=False), greedy(1, detokenize=False)
     gaps: list[float] = []
 
     async def decoder(until: float) -> None:
@@ -164,15 +227,15 @@ def _decoding(
             if now > until:
                 return
 
-    async def arrival(after: float) -> None:
+    async def arrival(after: float, blend: dict[str, Any]) -> None:
         await asyncio.sleep(after)
         async for _ in llm.stream(traffic.prompt(), short, blend=blend):
             pass
 
     async def all_of_them() -> None:
         decoders = [decoder(time.perf_counter() + 1 + seconds) for _ in range(_DECODERS)]
-        times = [] if blend is None else [1 + at for at in traffic.arrivals(rate, seconds) if at < seconds]
-        await asyncio.gather(*decoders, *map(arrival, times))
+        times = [1 + at for at in traffic.arrivals(rate, seconds) if at < seconds] if kinds else []
+        await asyncio.gather(*decoders, *map(arrival, times, itertools.cycle(kinds)))
 
     engine.run(all_of_them())
     return {**_percentiles(gaps), "mean": float(np.mean(gaps)), "max": float(np.max(gaps))}
@@ -182,4 +245,4 @@ def _percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{share}": float(np.percentile(values, share)) for share in (50, 95, 99)}
 
 
-__all__ = ["PLAIN", "Traffic", "run"]
+__all__ = ["BLEND", "PLAIN", "Traffic", "measure", "run", "table"]

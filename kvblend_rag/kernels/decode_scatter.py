@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kvblend_rag.kernels.paged_caches import PagedCaches
+from kvblend_rag.kernels.pairs import pairs
 from kvblend_rag.store.encoding import GROUP, WHOLE_TOKENS, Encoding
 
 _GROUP, _PACKED = tl.constexpr(GROUP), tl.constexpr(GROUP // 2)
@@ -157,15 +158,7 @@ def _kernel(
         wanted = (slot >= 0)[:, None]
         inside = wanted & (dim < DIM)[None, :]
         turns = dim < 2 * HALF
-        # The other half of each pair, its sign in the rotation, and which frequency turns it.
-        if INTERLEAVED:
-            partner = dim ^ 1
-            sign = tl.where(dim % 2 == 0, -1.0, 1.0)
-            frequency = dim // 2
-        else:
-            partner = tl.where(dim < HALF, dim + HALF, dim - HALF)
-            sign = tl.where(dim < HALF, -1.0, 1.0)
-            frequency = dim % HALF if HALF > 0 else dim
+        partner, sign, frequency = pairs(dim, HALF, INTERLEAVED)
         partner = tl.where(turns, partner, dim)
         if ENCODING == "int4":
             if tl.load(tile + 3) < 0:

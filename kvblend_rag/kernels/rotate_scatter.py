@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from kvblend_rag.kernels.paged_caches import PagedCaches
+from kvblend_rag.kernels.pairs import pairs
 
 
 @triton.jit(do_not_specialize=["first", "passed"])
@@ -43,15 +44,7 @@ def _kernel(
         dim = tl.arange(0, DIM_PADDED)[None, :]
         inside = (head < HEADS) & (dim < DIM)
         rotated = dim < 2 * HALF
-        # The other half of each pair, its sign in the rotation, and which frequency turns it.
-        if INTERLEAVED:
-            partner = dim ^ 1
-            sign = tl.where(dim % 2 == 0, -1.0, 1.0)
-            frequency = dim // 2
-        else:
-            partner = tl.where(dim < HALF, dim + HALF, dim - HALF)
-            sign = tl.where(dim < HALF, -1.0, 1.0)
-            frequency = dim % HALF if HALF > 0 else dim
+        partner, sign, frequency = pairs(dim, HALF, INTERLEAVED)
         behind = tl.load(steps + token) * (passed + layer)
         source = staged + tl.load(keys_at + token) + behind
         key = tl.load(source + head * DIM + dim, mask=inside, other=0.0)

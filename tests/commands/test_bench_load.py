@@ -1,11 +1,14 @@
-"""The traffic that ``kvblend bench gpu --load`` makes."""
+"""The traffic that ``kvblend bench load`` makes, and who arrives while answers run."""
 
+import asyncio
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from kvblend_rag.commands.bench_load import Traffic
+from kvblend_rag.commands import bench_load
+from kvblend_rag.commands.bench_load import BLEND, PLAIN, Traffic
 
 
 @pytest.fixture
@@ -36,3 +39,33 @@ def test_arrivals_come_at_the_rate_in_random_distances(traffic):
     assert 1 / distances.mean() == pytest.approx(5.0, rel=0.15)
     # of a Poisson process, mean and deviation are the same
     assert distances.std() == pytest.approx(distances.mean(), rel=0.2)
+
+
+class Engine:
+    """Answers every prompt with a token a millisecond, and remembers how it was asked."""
+
+    def __init__(self):
+        self.asked = []
+        self.kvblend = SimpleNamespace(engine=self)
+
+    def run(self, coroutine):
+        return asyncio.run(coroutine)
+
+    async def reset_prefix_cache(self):
+        self.asked.clear()
+
+    async def stream(self, prompt, params, blend):
+        if len(prompt) == 4 * 10 + 64:
+            self.asked.append(blend)
+        for _ in range(1000):
+            await asyncio.sleep(0.001)
+            yield None
+
+
+@pytest.mark.parametrize("kinds", [[], [PLAIN], [BLEND], [PLAIN, BLEND]], ids=["idle", "plain", "blended", "mixed"])
+def test_who_arrives_while_answers_run(traffic, kinds):
+    engine = Engine()
+    gaps = bench_load._decoding(engine, traffic, 40.0, kinds, 0.3)
+    assert engine.asked == (kinds * len(engine.asked))[: len(engine.asked)]
+    assert bool(engine.asked) == bool(kinds)
+    assert 1.0 <= gaps["p50"] <= gaps["p95"] <= gaps["max"]
