@@ -248,35 +248,40 @@ def _gpu_more(result: dict[str, Any]) -> str:
     if result.get("sweep"):
         parts.append("Budgets:\n")
         parts.append(_gpu_rows(result["sweep"]))
-    load = result.get("load")
-    if load:
-        settings = load["settings"]
-        parts.append(
+    if result.get("load"):
+        parts.append(_load(result["load"]))
+    return "\n".join(parts)
+
+
+def _load(load: dict[str, Any]) -> str:
+    """What happens under load, as `kvblend bench load` and `bench gpu --load` measure it."""
+    settings = load["settings"]
+    rates = [
+        [row["arm"], f"{row['rate']:.1f}", *(f"{value:,.0f}" for value in row["ttft_ms"].values())]
+        for row in load["rows"]
+    ]
+    return "\n".join(
+        [
             f"Under load: {settings['chunks_per_prompt']} of {settings['chunks']} chunks a prompt by Zipf's law, "
             f"{settings['prompt_tokens']:,} tokens, Poisson arrivals for {settings['seconds']:g} s a row. Blended "
-            f"requests keep plain ones' 95th percentile at {load['rate_at_plain_p95']:g} times the rate.\n"
-        )
-        parts.append(
-            table(
-                ["", "arrivals a second", "TTFT, ms: p50", "p95", "p99"],
-                [
-                    [row["arm"], f"{row['rate']:.1f}", *(f"{value:,.0f}" for value in row["ttft_ms"].values())]
-                    for row in load["rows"]
-                ],
-            )
-        )
-        parts.append("Milliseconds between the tokens of 16 running answers while such prompts arrive:\n")
-        columns = ("mean", "p50", "p95", "p99", "max")
-        parts.append(
-            table(
-                ["arriving", *columns],
-                [
-                    [name, *(f"{found[column]:.1f}" for column in columns)]
-                    for name, found in load["inter_token_ms"].items()
-                ],
-            )
-        )
-    return "\n".join(parts)
+            f"requests keep plain ones' 95th percentile at {load['rate_at_plain_p95']:g} times the rate.\n",
+            table(["", "arrivals a second", "TTFT, ms: p50", "p95", "p99"], rates),
+            "Milliseconds between the tokens of 16 running answers while such prompts arrive:\n",
+            _between_tokens(load),
+        ]
+    )
+
+
+def _between_tokens(load: dict[str, Any]) -> str:
+    columns = ("mean", "p50", "p95", "p99", "max")
+    found = load["inter_token_ms"].items()
+    return table(["arriving", *columns], [[name, *(f"{each[at]:.1f}" for at in columns)] for name, each in found])
+
+
+def cpu_load() -> str:
+    """Milliseconds between the tokens of running answers on a CPU, by what arrives."""
+    result = json.loads((RESULTS / "cpu-load.json").read_text(encoding="utf-8"))
+    return f"{_between_tokens(result['load'])}\nFrom `docs/results/cpu-load.json` (`{_plain(result['command'])}`).\n"
 
 
 _GOAL_ARM = "first 10 %, spans of 16"
@@ -417,6 +422,9 @@ def results() -> str:
         elif is_planner(result):
             parts.append("Random weights: speed only. Loaded: everything that is found, without the planner.\n")
             parts.append(_planner_rows(result))
+        elif "load" in result:
+            parts.append("Random weights: speed only.\n")
+            parts.append(_load(result["load"]))
         else:
             skipped = ("machine", "engine", "command")
             rest = _flat({key: value for key, value in result.items() if key not in skipped})
