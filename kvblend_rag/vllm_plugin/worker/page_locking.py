@@ -7,9 +7,12 @@ registers come at 15 GB/s there.
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 _OURS = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
 _VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -24,9 +27,15 @@ def allocator_settings() -> str:
 
 
 def lock_pages_by_threads() -> None:
-    """Have this process get page-locked memory so, from now on; with CUDA alone."""
+    """Have this process get page-locked memory so, from now on; with CUDA alone.
+
+    Where PyTorch does not take it, ingest is slower and nothing else is.
+    """
     setter = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # since PyTorch 2.10
-    (setter or torch.cuda.memory._set_allocator_settings)(allocator_settings())
+    try:
+        (setter or torch.cuda.memory._set_allocator_settings)(allocator_settings())
+    except (RuntimeError, ValueError) as error:
+        logger.warning("kvblend: page-locked memory comes in PyTorch's own, slower way: %s", error)
 
 
 __all__ = ["allocator_settings", "lock_pages_by_threads"]
