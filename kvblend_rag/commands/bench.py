@@ -64,9 +64,7 @@ def match(*, chunks: int = 100_000, prompt_tokens: int = 8192, repeats: int = 50
     """Finding stored chunks in a prompt; see ``bench_match``."""
     from kvblend_rag.commands import bench_match
 
-    for name, value in (("chunks", chunks), ("prompt-tokens", prompt_tokens), ("repeats", repeats)):
-        if value < 1:
-            raise ConfigError(f"--{name} is {value}, and must be 1 or more.")
+    _check_at_least_one(chunks=chunks, prompt_tokens=prompt_tokens, repeats=repeats)
     before = machine()
     result = bench_match.run(chunks, prompt_tokens, repeats)
     terminal.prose(json).print(bench_match.table(result))
@@ -104,10 +102,8 @@ def gpu(
 ) -> int:
     """TTFT, ingest and load on a GPU, on random weights of a known model's shape; see ``bench_gpu``."""
     from kvblend_rag.commands import bench_gpu, bench_gpu_plot
-    from kvblend_rag.commands.shapes import SHAPES
 
-    if shape not in SHAPES:
-        raise ConfigError(f"--shape is {shape!r}, and must be one of {', '.join(SHAPES)}.")
+    _check_shape(shape)
     if not has_gpu():
         raise ConfigError("There is no CUDA GPU here: `kvblend bench ttft` measures on a CPU.")
     folder = Path(timelines) if timelines else None
@@ -130,13 +126,9 @@ def planner(
 ) -> int:
     """Plain vLLM against what the planner decides, in a sweep of cases; 1 where it was slower by more than 3 %."""
     from kvblend_rag.commands import bench_planner
-    from kvblend_rag.commands.shapes import SHAPES
 
-    if shape not in SHAPES:
-        raise ConfigError(f"--shape is {shape!r}, and must be one of {', '.join(SHAPES)}.")
-    for name, value in (("chunk-tokens", chunk_tokens), ("repeats", repeats)):
-        if value < 1:
-            raise ConfigError(f"--{name} is {value}, and must be 1 or more.")
+    _check_shape(shape)
+    _check_at_least_one(chunk_tokens=chunk_tokens, repeats=repeats)
     before = machine()
     longest = 12 * chunk_tokens + 512
     result = bench_planner.run(
@@ -158,18 +150,27 @@ def load(
 ) -> int:
     """Throughput at plain vLLM's latency, and the time between tokens of running answers; see ``bench_load``."""
     from kvblend_rag.commands import bench_load
-    from kvblend_rag.commands.shapes import SHAPES
 
-    if shape not in SHAPES:
-        raise ConfigError(f"--shape is {shape!r}, and must be one of {', '.join(SHAPES)}.")
-    for name, value in (("chunk-tokens", chunk_tokens), ("per-prompt", per_prompt), ("seconds", seconds)):
-        if value < 1:
-            raise ConfigError(f"--{name} is {value:g}, and must be 1 or more.")
+    _check_shape(shape)
+    _check_at_least_one(chunk_tokens=chunk_tokens, per_prompt=per_prompt, seconds=seconds)
     before = machine()
     result = bench_load.measure(shape, chunk_tokens, per_prompt, seconds, enforce_eager=eager, **_cpu_arguments())
     terminal.prose(json).print(bench_load.table(result))
     terminal.write_json({"command": _command(), "machine": before, **result}, json)
     return 0
+
+
+def _check_shape(shape: str) -> None:
+    from kvblend_rag.commands.shapes import SHAPES
+
+    if shape not in SHAPES:
+        raise ConfigError(f"--shape is {shape!r}, and must be one of {', '.join(SHAPES)}.")
+
+
+def _check_at_least_one(**options: float) -> None:
+    for name, value in options.items():
+        if value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value:.15g}, and must be 1 or more.")
 
 
 def _cpu_arguments() -> dict[str, Any]:

@@ -110,6 +110,16 @@ KV: TypeAlias = torch.Tensor | EncodedKV
 """A chunk's, (layers, 2, tokens, kv_heads, head_dim), decoded or not."""
 
 
+def buffer_of(kv: KV) -> torch.Tensor:
+    """The one tensor that holds all of it."""
+    return kv.buffer if isinstance(kv, EncodedKV) else kv
+
+
+def in_buffer(kv: KV, buffer: torch.Tensor) -> KV:
+    """The same KV in another ``buffer_of`` it, that holds the same bytes or will."""
+    return kv.moved(buffer) if isinstance(kv, EncodedKV) else buffer
+
+
 def encoded(kv: torch.Tensor, encoding: Encoding) -> KV:
     """KV as an encoding keeps it; itself where that is as computed."""
     if encoding == "none":
@@ -136,4 +146,4 @@ def _shape(encoding: Encoding, places: Mapping[str, Place]) -> Shape:
     return layers, 2, tokens, heads, dim
 
 
-__all__ = ["KV", "EncodedKV", "Place", "encoded"]
+__all__ = ["KV", "EncodedKV", "Place", "buffer_of", "encoded", "in_buffer"]

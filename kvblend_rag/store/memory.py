@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from kvblend_rag.errors import ChunkMissing
 from kvblend_rag.store.base import ChunkStore, StoredChunk
-from kvblend_rag.store.encoded import EncodedKV
+from kvblend_rag.store.encoded import buffer_of, in_buffer
 from kvblend_rag.store.eviction import Eviction, Queue, after_use
 from kvblend_rag.store.layout import checked_key
 
@@ -100,10 +100,9 @@ class MemoryStore(ChunkStore):
         if self._pin:
             return dataclasses.replace(chunk, kv=chunk.kv.pin_memory())
         # a small view would keep all of a large tensor alive, unseen by the bound
-        held = chunk.kv.buffer if isinstance(chunk.kv, EncodedKV) else chunk.kv
+        held = buffer_of(chunk.kv)
         if held.untyped_storage().nbytes() > _SLACK * held.nbytes + 4_096:
-            own = held.clone()
-            return dataclasses.replace(chunk, kv=chunk.kv.moved(own) if isinstance(chunk.kv, EncodedKV) else own)
+            return dataclasses.replace(chunk, kv=in_buffer(chunk.kv, held.clone()))
         return chunk
 
     def _now(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvblend_rag.store.encoded import KV, EncodedKV
+from kvblend_rag.store.encoded import KV, buffer_of, in_buffer
 
 _REMEMBERED = 4096
 """Chunks whose first use is remembered."""
@@ -90,7 +90,7 @@ class HotChunks:
                 self._drop(key)
 
     def _copied(self, kv: KV) -> _Held:
-        source = kv.buffer if isinstance(kv, EncodedKV) else kv
+        source = buffer_of(kv)
         # Allocated on the current stream: what used this memory before is ahead of us there.
         copy = torch.empty_like(source, device=self._device)
         arrived = None
@@ -104,7 +104,7 @@ class HotChunks:
                 arrived.record()
             # A chunk may leave again before its copy has run.
             copy.record_stream(self._stream)
-        return _Held(kv.moved(copy) if isinstance(kv, EncodedKV) else copy, arrived)
+        return _Held(in_buffer(kv, copy), arrived)
 
     def _drop(self, key: str) -> None:
         self._nbytes -= self._held.pop(key).kv.nbytes

@@ -12,7 +12,7 @@ import torch
 
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.kernels.decode_scatter import PIECES, tiles_of
-from kvblend_rag.store.encoded import KV, EncodedKV
+from kvblend_rag.store.encoded import KV, EncodedKV, buffer_of
 from kvblend_rag.store.encoding import ENCODINGS, Encoding
 from kvblend_rag.vllm_plugin.worker.loader import Chunks
 
@@ -74,7 +74,7 @@ def lay_out(plan: BlendPlan, chunks: Chunks, room: int, row_bytes: int, itemsize
         row_bytes: of a token's keys at one layer, as computed.
         itemsize: of the cache's dtype.
     """
-    bases = {_encoding(kv): _buffer(kv) for kv in chunks.values() if kv.is_cuda}
+    bases = {_encoding(kv): buffer_of(kv) for kv in chunks.values() if kv.is_cuda}
     batches, of_batch, places, largest = _batches(plan, chunks, room, bases)
     runs = plan.runs
     kvs = [chunks[run.key] for run in runs]
@@ -127,7 +127,7 @@ def _batches(
 
     def close(stop: int) -> None:
         copied = [
-            (_buffer(chunks[key]).data_ptr() + start, step, offset)
+            (buffer_of(chunks[key]).data_ptr() + start, step, offset)
             for key, offsets in staged.items()
             for (start, step), offset in zip(pieces[key], offsets, strict=True)
             if step
@@ -141,7 +141,7 @@ def _batches(
         inside = pieces[run.key]
         if near[index]:
             kv = chunks[run.key]
-            ahead = _buffer(kv).data_ptr() - bases[_encoding(kv)].data_ptr()
+            ahead = buffer_of(kv).data_ptr() - bases[_encoding(kv)].data_ptr()
             places[index, : len(inside)] = [(ahead + start, step) for start, step in inside]
             continue
         if run.key not in staged:
@@ -176,10 +176,6 @@ def _table(
 
 def _encoding(kv: KV) -> Encoding:
     return kv.encoding if isinstance(kv, EncodedKV) else "none"
-
-
-def _buffer(kv: KV) -> torch.Tensor:
-    return kv.buffer if isinstance(kv, EncodedKV) else kv
 
 
 def _pieces(kv: KV) -> list[tuple[int, int]]:
