@@ -250,8 +250,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 32,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
-            "linear_key_head_dim": 32,
-            "linear_value_head_dim": 32,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 64,
@@ -286,6 +286,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     # vLLM computes with these in sixteen bits alone.
     "llama-gptq": {"dtype": "bfloat16"},
     "llama-awq": {"dtype": "bfloat16"},
+    "qwen3-next": {"dtype": "bfloat16"},
 }
 
 # What people combine blending with: a family, and vLLM's arguments. Prompts are longer than a step of 256 tokens,
