@@ -139,13 +139,14 @@ def hopeless(
     each = forward.token + forward.pair * np.arange(1, tokens)  # the last is computed in any case
     reusing = pace.placed + effort.ratio * (each + forward.row / effort.span)
     token = ours * (effort.whole_share * each + np.minimum(reusing, (1 + effort.computed_share) * each))
-    last = forward.seconds(Work.of([(tokens - 1, tokens)]))
-    fixed = ours * (pace.blend + (2 + effort.computed_share + effort.whole_share) * last)
-    least = float(fixed + token.sum())
+    passes = 2 + effort.computed_share + effort.whole_share
+    fixed = ours * (pace.blend + passes * (forward.fixed + forward.marginal(Work.of([(tokens - 1, tokens)]))))
+    shortest = ours * (pace.blend + passes * forward.least)
+    least = max(float(fixed + token.sum()), shortest)
     gain = np.minimum(token - WORTH * theirs * each, 0.0).sum()
     if effort.ratio >= 1:  # then it computes everything too
         least = max(least, plain)
-    elif fixed + gain <= WORTH * (plain - theirs * each.sum()):
+    elif fixed + gain <= WORTH * (plain - theirs * each.sum()) and shortest <= WORTH * plain:
         return None
     blended, computed = _milliseconds(least), _milliseconds(plain)
     return f"no chunk could make it faster: a blend takes {blended} at least, computing it {computed}"

@@ -1,8 +1,9 @@
 """What a request costs, computed plainly and blended: seconds, from measured paces.
 
 A forward of n tokens takes ``fixed + token·n + pair·p + row·r`` seconds: p counts the keys that its queries see,
-r the sequences that its tokens are shown as. Reading takes a time for each read and one for each byte. All of it
-is measured on the machine, none is guessed; see ``vllm_plugin/worker/rehearsal.py`` and ``blend/drift.py``.
+r the sequences that its tokens are shown as. It takes ``least`` at least: a GPU has done few tokens before the host has
+asked for them all. Reading takes a time for each read and one for each byte. All of it is measured on the machine, none
+is guessed; see ``vllm_plugin/worker/rehearsal.py`` and ``blend/drift.py``.
 """
 
 from __future__ import annotations
@@ -56,13 +57,15 @@ class ForwardPace:
     max_tokens: int = 1 << 30
     """Tokens of one pass; more take several."""
     max_rows: int = 1 << 30
+    least: float = 0.0
+    """A pass takes no less, however little goes through it."""
 
     def seconds(self, work: Work) -> float:
         """Of this work, in as few passes as it fits into; 0 of none."""
         if work.tokens <= 0:
             return 0.0
         passes = max(math.ceil(work.tokens / self.max_tokens), math.ceil(work.rows / self.max_rows), 1)
-        return passes * self.fixed + self.marginal(work)
+        return max(passes * self.fixed + self.marginal(work), passes * self.least)
 
     def marginal(self, work: Work) -> float:
         """What it adds to a pass that is made anyway."""
@@ -70,7 +73,12 @@ class ForwardPace:
 
     @classmethod
     def fit(
-        cls, samples: Sequence[tuple[Work, float]], *, max_tokens: int = 1 << 30, max_rows: int = 1 << 30
+        cls,
+        samples: Sequence[tuple[Work, float]],
+        *,
+        max_tokens: int = 1 << 30,
+        max_rows: int = 1 << 30,
+        least: float = 0.0,
     ) -> ForwardPace:
         """The pace that measured passes tell, none of its parts negative.
 
@@ -78,6 +86,7 @@ class ForwardPace:
             samples: single passes and their seconds.
             max_tokens: as the attribute.
             max_rows: as the attribute.
+            least: as the attribute.
 
         Raises:
             ValueError: no samples.
@@ -87,7 +96,7 @@ class ForwardPace:
         features = np.array([[1.0, work.tokens, work.pairs, work.rows] for work, _ in samples])
         seconds = np.array([each for _, each in samples])
         fixed, token, pair, row = fit_nonnegative(features, seconds)
-        return cls(fixed, token, pair, row, max_tokens, max_rows)
+        return cls(fixed, token, pair, row, max_tokens, max_rows, least)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ def _logits(
     return tl.where(seen, tl.dot(q, k) * scale, float("-inf"))
 
 
-@triton.jit
+# Not by a prompt's and a question's length: each kind of number would be compiled when it first comes.
+@triton.jit(do_not_specialize=["rows", "keys", "keys_per_part"])
 def _normalisers(
     queries,
     limits,
@@ -103,7 +104,7 @@ def _normalisers(
     tl.store(partial_sum + at, total, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "keys"])
 def _masses(
     queries,
     limits,

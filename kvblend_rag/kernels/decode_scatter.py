@@ -124,7 +124,7 @@ def _whole(
     return key, other, value
 
 
-@triton.jit(do_not_specialize=["first", "passed"])
+@triton.jit(do_not_specialize=["first", "passed"], do_not_specialize_on_alignment=["tiles", "slots"])
 def _kernel(
     staged,
     tiles,

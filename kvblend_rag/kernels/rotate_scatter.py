@@ -13,7 +13,11 @@ from kvblend_rag.kernels.paged_caches import PagedCaches
 from kvblend_rag.kernels.pairs import pairs
 
 
-@triton.jit(do_not_specialize=["first", "passed"])
+# Nor by where a table of single numbers begins: a row of it may begin anywhere, and each way would be compiled.
+@triton.jit(
+    do_not_specialize=["first", "passed"],
+    do_not_specialize_on_alignment=["keys_at", "values_at", "steps", "slots"],
+)
 def _kernel(
     staged,
     keys_at,

@@ -6,8 +6,8 @@
 First, without an engine, what the streaming loader leaves in a paged cache of the shape's layers (``exact``): its
 largest difference from decoding and turning on the host, and from the kernel for KV as computed, given the decoded
 chunks; and how long loads take on their own (``loads``). Then, by encoding, one engine with random weights: time to
-first token of plain vLLM, reuse alone and ``first`` at 10 %, interleaved; the bytes that a prompt reads from host
-memory and copies; the bytes of host memory a token; and how far a loaded chunk is from the computed one
+first token of plain vLLM, reuse alone, ``first`` and ``question`` at 10 %, interleaved; the bytes that a prompt reads
+from host memory and copies; the bytes of host memory a token; and how far a loaded chunk is from the computed one
 (``WorkerSide.audit``). OUT.json is written anew after each part. A script, since CI has no GPU.
 """
 
@@ -28,6 +28,7 @@ ARMS = {
     "plain": {"blend": False},
     "reuse only": {"selector": "none"},
     "first 10 %, spans of 64": {"selector": "first", "ratio": 0.1, "span": 64},
+    "question 10 %, spans of 64": {"selector": "question", "ratio": 0.1, "span": 64},
 }
 DEVICE = "cuda"
 CHUNKS, TOKENS = 8, 1000

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _SECONDS = 0.1
 """A pass is as long as this allows: the reader's 150 tokens on two cores."""
 
-_FEWEST, _MOST = 64, 2048
+_FEWEST, _MOST = 64, 8192
 _LEAST_ROOM = 128
 """Tokens: a shorter context has no prompts of several chunks."""
 
@@ -129,12 +129,13 @@ class Rehearsal:
         shapes = self._shapes(count)
         plans = [self._plan(chunks, max(count // 4, 16)) for chunks in (1, 4)]
         jobs = [BlendJob("rehearsal", self._tokens, self._blocks, 0, plan, recipe) for plan in plans]
-        passes = [functools.partial(self._pass, ranges) for ranges in shapes]
-        seconds = self._timed([*passes, *(functools.partial(self._blend, job) for job in jobs)])
+        passes = [functools.partial(self._pass, ranges) for ranges in [[(0, 1)], *shapes]]
+        least, *seconds = self._timed([*passes, *(functools.partial(self._blend, job) for job in jobs)])
         samples = list(zip(map(Work.of, shapes), seconds, strict=False))
         share = shares(self._paged)
+        most_at_once = {"max_tokens": self._forward.max_tokens, "max_rows": self._forward.max_rows}
         pace = Pace(
-            ForwardPace.fit(samples, max_tokens=self._forward.max_tokens, max_rows=self._forward.max_rows),
+            ForwardPace.fit(samples, least=least, **most_at_once),
             blend=0.0,
             placed=0.0,
             token_bytes=self._shelf.token_bytes(),
@@ -152,11 +153,19 @@ class Rehearsal:
         return dataclasses.replace(pace, blend=fixed, placed=placed)
 
     def _size(self) -> int:
-        """Tokens of a pass that is long enough to be measured, and no longer."""
-        (seconds,) = self._timed([lambda: self._pass([(0, min(_FEWEST, self._room))])])
-        wanted = int(_FEWEST * _SECONDS / max(seconds, 1e-9))
-        most = min(_MOST, self._forward.max_tokens, (self._room - _HEADER - _QUESTION))
-        return self._ranks.least(max(min(wanted, most), min(_FEWEST, most)))
+        """Tokens of a pass that is long enough to be measured, and no longer.
+
+        Found step by step: on a GPU a short pass takes no less time than a longer one, and tells nothing of it.
+        """
+        most = min(_MOST, self._forward.max_tokens, self._room - _HEADER - _QUESTION)
+        count = min(_FEWEST, most)
+        while count < most:
+            (seconds,) = self._timed([functools.partial(self._pass, [(0, count)])])
+            enough = self._ranks.least(max(min(int(count * _SECONDS / max(seconds, 1e-9)), most), count))
+            if enough < 2 * count:
+                return enough
+            count = enough
+        return count
 
     def _shapes(self, count: int) -> list[list[tuple[int, int]]]:
         """A short pass, a long one, one far behind, and one of many short rows."""

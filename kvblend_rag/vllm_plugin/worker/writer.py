@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
+from collections.abc import Callable
 
 import torch
 
@@ -13,8 +14,12 @@ from kvblend_rag.store import Catalogue, StoredChunk, TieredStore
 from kvblend_rag.store.layout import Shard
 from kvblend_rag.store.listing import put_and_list
 
-_IN_LINE_BYTES = 1 << 30
-"""KV that may be in line, on the device or the host, before the engine waits for it to be written."""
+_DEVICE_BYTES = 1 << 30
+"""KV that may lie on a GPU beside its cache, until it is on the host."""
+
+_LINE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
+"""KV that may be in line, by device type, before the engine waits for it to be written. Of an 8B model a GPU computes
+1 GiB in a step: with room for the next ones it does not wait for the last."""
 
 _GPU_THREADS = 8
 """A GPU computes chunks faster than one thread hashes and writes them; a CPU needs its cores for itself."""
@@ -32,78 +37,106 @@ class Writer:
 
     def __init__(self, store: TieredStore, catalogue: Catalogue, shard: Shard, device: torch.device) -> None:
         self._store, self._catalogue, self._shard, self._device = store, catalogue, shard, device
-        self._queue: queue.SimpleQueue[tuple[StoredChunk, torch.cuda.Event | None] | None] = queue.SimpleQueue()
-        self._in_line = 0
+        self._on_device: queue.SimpleQueue[tuple[StoredChunk, torch.cuda.Event] | None] = queue.SimpleQueue()
+        self._on_host: queue.SimpleQueue[StoredChunk | None] = queue.SimpleQueue()
+        self._device_bytes = self._line_bytes = 0
+        self._most = _LINE_BYTES.get(device.type, _LINE_BYTES["cpu"])
         self._failures: dict[str, str] = {}
         self._changed = threading.Condition()
-        count = _GPU_THREADS if device.type == "cuda" else 1
-        self._threads = [
-            threading.Thread(target=self._work, name=f"kvblend-writer-{index}", daemon=True) for index in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
+        gpu = device.type == "cuda"
+        # One thread copies: page-locking and copies come one after the other anyway.
+        self._copier = _threads(self._copy, "kvblend-copier", int(gpu))
+        self._writers = _threads(self._write, "kvblend-writer", _GPU_THREADS if gpu else 1)
 
     def wait_for_room(self, nbytes: int) -> None:
         """Wait until so much more KV may be in line; a chunk larger than all the room waits for an empty line."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._in_line or self._in_line + nbytes <= _IN_LINE_BYTES)
+            self._changed.wait_for(
+                lambda: (
+                    not self._line_bytes
+                    or (self._line_bytes + nbytes <= self._most and self._device_bytes + nbytes <= _DEVICE_BYTES)
+                )
+            )
 
     def write(self, chunk: StoredChunk) -> None:
         """Hand a chunk over, whose KV may be the result of work that a GPU has yet to do."""
-        ready = None
+        nbytes = chunk.kv.nbytes
+        with self._changed:
+            self._line_bytes += nbytes
+            self._device_bytes += nbytes if chunk.kv.is_cuda else 0
         if chunk.kv.is_cuda:
             ready = torch.cuda.Event()
             ready.record()
-        with self._changed:
-            self._in_line += chunk.kv.nbytes
-        self._queue.put((chunk, ready))
+            self._on_device.put((chunk, ready))
+        else:
+            self._on_host.put(chunk)
 
     def flush(self) -> dict[str, str]:
         """Wait until all is durable; the reasons of those chunks that could not be written, by key."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._in_line)
+            self._changed.wait_for(lambda: not self._line_bytes)
             failures, self._failures = self._failures, {}
         return failures
 
     def close(self) -> None:
         """Finish what is in line."""
-        if self._threads:
-            for _ in self._threads:
-                self._queue.put(None)
-            for thread in self._threads:
-                thread.join()
-            self._threads = []
+        if self._writers:
+            for line, threads in ((self._on_device, self._copier), (self._on_host, self._writers)):
+                for _ in threads:
+                    line.put(None)
+                for thread in threads:
+                    thread.join()
+            self._copier, self._writers = [], []
             self._catalogue.close()
 
-    def _work(self) -> None:
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        while (item := self._queue.get()) is not None:
+    def _copy(self) -> None:
+        """Bring chunks from the device to page-locked memory, from which they can be loaded as they are."""
+        stream = torch.cuda.Stream(self._device)
+        while (item := self._on_device.get()) is not None:
             chunk, ready = item
+            key, nbytes = chunk.key, chunk.kv.nbytes
+            try:
+                with torch.cuda.stream(stream):
+                    stream.wait_event(ready)
+                    host = torch.empty(chunk.kv.shape, dtype=chunk.kv.dtype, pin_memory=True)
+                    host.copy_(chunk.decoded(), non_blocking=True)
+                    stream.synchronize()
+                self._on_host.put(dataclasses.replace(chunk, kv=host))
+                del host
+            except Exception as error:  # whatever goes wrong must not end the thread
+                self._leaves(key, nbytes, f"The chunk could not be copied to the host: {error!r}.")
+            del item, chunk  # what is not on the device any more is not held there either
+            with self._changed:
+                self._device_bytes -= nbytes
+                self._changed.notify_all()
+
+    def _write(self) -> None:
+        """Write chunks and list them."""
+        while (chunk := self._on_host.get()) is not None:
             key, nbytes, reason = chunk.key, chunk.kv.nbytes, None
             try:
-                if ready is not None and stream is not None:
-                    chunk = _on_host(chunk, ready, stream)
                 put_and_list(self._store, self._catalogue, [chunk], self._shard)
             except KVBlendError as error:
                 reason = str(error)
             except Exception as error:  # whatever else goes wrong must not end the thread
                 reason = f"The chunk could not be written: {error!r}."
-            del item, chunk  # what is not in line any more is not held either
-            with self._changed:
-                if reason is not None:
-                    self._failures[key] = reason
-                self._in_line -= nbytes
-                self._changed.notify_all()
+            del chunk  # what is not in line any more is not held either
+            self._leaves(key, nbytes, reason)
+
+    def _leaves(self, key: str, nbytes: int, failure: str | None) -> None:
+        """A chunk is not in line any more."""
+        with self._changed:
+            if failure is not None:
+                self._failures[key] = failure
+            self._line_bytes -= nbytes
+            self._changed.notify_all()
 
 
-def _on_host(chunk: StoredChunk, ready: torch.cuda.Event, stream: torch.cuda.Stream) -> StoredChunk:
-    """The chunk in page-locked memory, from which it can be loaded as it is."""
-    with torch.cuda.stream(stream):
-        stream.wait_event(ready)
-        host = torch.empty(chunk.kv.shape, dtype=chunk.kv.dtype, pin_memory=True)
-        host.copy_(chunk.decoded(), non_blocking=True)
-        stream.synchronize()
-    return dataclasses.replace(chunk, kv=host)
+def _threads(work: Callable[[], None], name: str, count: int) -> list[threading.Thread]:
+    threads = [threading.Thread(target=work, name=f"{name}-{index}", daemon=True) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads
 
 
 __all__ = ["Writer"]
