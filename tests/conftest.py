@@ -259,6 +259,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mamba": ("MambaConfig", {"state_size": 16, "num_hidden_layers": 2}),
+    # An encoder of sound, and a decoder.
+    "whisper": (
+        "WhisperConfig",
+        {
+            "encoder_layers": 1,
+            "decoder_layers": 2,
+            "d_model": HIDDEN,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": HIDDEN,
+            "decoder_ffn_dim": HIDDEN,
+            "decoder_start_token_id": 1,
+        },
+    ),
     # Short convolutions, whose state is no KV, and two layers of attention.
     "lfm2": (
         "Lfm2Config",
@@ -283,6 +297,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "deepseek-v2": _LATENT_ARGUMENTS,
     "deepseek-v3": _LATENT_ARGUMENTS,
     "paddleocr-vl": {"limit_mm_per_prompt": {"image": 0, "video": 0}},
+    "whisper": {"max_model_len": 448, "max_num_batched_tokens": 2048},
     # vLLM computes with these in sixteen bits alone.
     "llama-gptq": {"dtype": "bfloat16"},
     "llama-awq": {"dtype": "bfloat16"},
@@ -330,6 +345,7 @@ def _build(family: str, folder: Path) -> None:
     name, settings = FAMILIES[family]
     config = getattr(transformers, name)(**{**_COMMON, **settings})
     kind = "ImageTextToText" if "vision_config" in settings else "CausalLM"
+    kind = "SpeechSeq2Seq" if config.is_encoder_decoder else kind
     torch.manual_seed(0)
     model = getattr(transformers, f"AutoModelFor{kind}").from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -343,6 +359,8 @@ def _build(family: str, folder: Path) -> None:
     model.save_pretrained(folder)
     if family == "paddleocr-vl":  # vLLM wants it even for text alone
         transformers.PaddleOCRVLImageProcessorPil().save_pretrained(folder)
+    if family == "whisper":
+        transformers.WhisperFeatureExtractor().save_pretrained(folder)
     if family in _REMADE:
         _REMADE[family](folder)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import os
 import time
@@ -232,7 +233,7 @@ class VLLMEngine(Engine):
                 now = time.time()
                 if params.output_kind != RequestOutputKind.FINAL_ONLY and first is None:
                     first = now
-                yield _converted(output, submitted, first, now)
+                yield _converted(output, submitted, first, now, self.info.refusal)
         except EngineDeadError as error:
             raise EngineUnavailable("vLLM's engine has died; its log tells why. Make a new one.") from error
         except (ValueError, VLLMValidationError) as error:
@@ -258,12 +259,15 @@ def _as_vllm_prompt(prompt: Prompt) -> Any:
     return {"prompt_token_ids": np.asarray(prompt).tolist()}
 
 
-def _converted(output: Any, submitted: float, first: float | None, now: float) -> RequestOutput:
+def _converted(output: Any, submitted: float, first: float | None, now: float, refusal: str | None) -> RequestOutput:
     stats = output.metrics
     if first is None and stats is not None:
         first = stats.arrival_time + stats.first_token_latency
     metrics = RequestMetrics(first_scheduled_time=submitted, first_token_time=first or now, finished_time=now)
-    report = (output.kv_transfer_params or {}).get(PARAMETER)
+    told = (output.kv_transfer_params or {}).get(PARAMETER)
+    report = BlendReport.from_dict(told) if told else BlendReport(request_id=output.request_id)
+    if not told and output.finished and refusal is not None:  # vLLM runs some models without any connector
+        report = dataclasses.replace(report, reason=f"this model can't be blended: {refusal}")
     return RequestOutput(
         request_id=output.request_id,
         prompt=output.prompt,
@@ -282,7 +286,7 @@ def _converted(output: Any, submitted: float, first: float | None, now: float) -
         ],
         finished=output.finished,
         metrics=metrics,
-        report=BlendReport.from_dict(report) if report else BlendReport(request_id=output.request_id),
+        report=report,
     )
 
 

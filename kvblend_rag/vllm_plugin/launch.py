@@ -88,9 +88,14 @@ def start(model: str, config: BlendConfig, **options: Any) -> AsyncLLM:
 
 
 def fit_connector(arguments: AsyncEngineArgs) -> None:
-    """Let a model with state-space layers have the connector that it can start with."""
+    """Let a model that can't be blended have the connector that it can start with, or none."""
     transfer = arguments.kv_transfer_config
-    if transfer is not None and transfer.kv_connector == CONNECTOR and arguments.create_model_config().is_hybrid:
+    if transfer is None or transfer.kv_connector != CONNECTOR:
+        return
+    model = arguments.create_model_config()
+    if model.is_encoder_decoder:  # vLLM takes no connector there (vllm/v1/core/sched/scheduler.py)
+        arguments.kv_transfer_config = None
+    elif model.is_hybrid:
         transfer.kv_connector = HYBRID_CONNECTOR
         transfer.kv_connector_module_path = HYBRID_CONNECTOR_MODULE
 

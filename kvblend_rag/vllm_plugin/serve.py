@@ -111,7 +111,9 @@ def _run() -> None:
     command.validate(arguments)
     if arguments.model_tag is not None:  # as the command itself does, later
         arguments.model = arguments.model_tag
-    fit_connector(AsyncEngineArgs.from_cli_args(arguments))
+    made = AsyncEngineArgs.from_cli_args(arguments)
+    fit_connector(made)
+    arguments.kv_transfer_config = made.kv_transfer_config
     command.cmd(arguments)
 
 

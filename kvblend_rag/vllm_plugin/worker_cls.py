@@ -14,18 +14,23 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from kvblend_rag.vllm_plugin import compat
 from kvblend_rag.vllm_plugin.connector import KVBlendConnector
 from kvblend_rag.vllm_plugin.metadata import StepPlan
-from kvblend_rag.vllm_plugin.worker.worker_side import hot_bytes
+from kvblend_rag.vllm_plugin.worker.worker_side import WorkerSide, hot_bytes
 
 
 class KVBlendWorker(compat.platform_worker()):  # type: ignore[misc]
     """vLLM's worker of this platform with the chunk store's maintenance calls."""
 
+    _refusing: WorkerSide | None = None
+    """Of an encoder-decoder model, which vLLM runs without a connector: it says why nothing is blended."""
+
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """As the platform's; then the connector gets the model runner."""
         super().initialize_from_config(kv_cache_config)
-        connector = compat.find_connector(KVBlendConnector)
-        if connector is not None:
-            connector.worker.bind(self.model_runner)
+        if self.vllm_config.kv_transfer_config is None and self.vllm_config.model_config.is_encoder_decoder:
+            self._refusing = WorkerSide(self.vllm_config)
+        side = self._side()
+        if side is not None:
+            side.bind(self.model_runner)
 
     def determine_available_memory(self) -> int:
         """As the platform's, less what hot chunks may take; a size that the user gave for the KV cache is kept."""
@@ -47,7 +52,11 @@ class KVBlendWorker(compat.platform_worker()):  # type: ignore[misc]
 
     def kvblend(self, method: str, *arguments: Any) -> Any:
         """Call a public method of the worker side; see WorkerSide for their names."""
-        connector = compat.find_connector(KVBlendConnector)
-        if connector is None:
+        side = self._side()
+        if side is None:
             raise RuntimeError("This engine runs without the kvblend connector.")
-        return getattr(connector.worker, method)(*arguments)
+        return getattr(side, method)(*arguments)
+
+    def _side(self) -> WorkerSide | None:
+        connector = compat.find_connector(KVBlendConnector)
+        return self._refusing if connector is None else connector.worker

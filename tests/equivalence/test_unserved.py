@@ -1,11 +1,15 @@
 """Models that can't be blended run as plain vLLM and say why; nothing of theirs is ever stored."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from packaging.version import Version
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from kvblend_rag.commands.arms import greedy
 from kvblend_rag.errors import ConfigError
 from kvblend_rag.vllm_plugin import compat
 
@@ -38,6 +42,42 @@ def test_a_refused_model_answers_plainly_and_says_why(rigs, family, why, amx):
         assert len(answer.token_ids) == 16
         assert not answer.report.blended
         assert answer.report.reason == f"this model can't be blended: {rig.info.refusal}"
+
+
+@pytest.mark.full
+def test_an_encoder_decoder_model_answers_plainly_and_says_why(rigs):
+    """vLLM takes no connector with one; the engine starts without it."""
+    rig = rigs.get("whisper")
+    assert rig.info.refusal == "it is an encoder-decoder model"
+    with pytest.raises(ConfigError, match="Chunks can't be precomputed for"):
+        rig.llm.kvblend.ingest([rig.tokens(200, 1)])
+    sound = np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
+    prompt = {
+        "encoder_prompt": {"prompt_token_ids": [1], "multi_modal_data": {"audio": (sound, 16_000)}},
+        "decoder_prompt": {"prompt_token_ids": rig.tokens(20, 2).tolist()},
+    }
+    (answer,) = rig.llm.generate([prompt], greedy(8, ignore_eos=True))
+    assert len(answer.outputs[0].token_ids) == 8
+    assert not answer.report.blended
+    assert answer.report.reason == f"this model can't be blended: {rig.info.refusal}"
+
+
+@pytest.mark.full
+def test_a_prompt_with_an_image_is_computed_in_full_and_the_next_one_blended(rigs, tiny_model):
+    rig = rigs.get("paddleocr-vl", engine={"limit_mm_per_prompt": {"image": 1, "video": 0}})
+    assert rig.info.refusal is None
+    chunk, params = rig.tokens(200, 1), greedy(8, ignore_eos=True)
+    rig.llm.kvblend.ingest([chunk])
+    words = [*rig.tokens(20, 2), *chunk, *rig.tokens(20, 3)]
+    place = json.loads((tiny_model("paddleocr-vl") / "config.json").read_text())["image_token_id"]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8))
+    seeing = {"prompt_token_ids": [place, *map(int, words)], "multi_modal_data": {"image": image}}
+    (blended,), (plain,) = (rig.llm.generate([seeing], params, blend={"blend": blend}) for blend in (True, False))
+    assert not blended.report.blended
+    assert blended.report.reason == "the prompt holds images, audio or video"
+    assert blended.outputs[0].token_ids == plain.outputs[0].token_ids
+    (without,) = rig.llm.generate([np.array(words)], params)
+    assert without.report.blended
 
 
 @pytest.mark.full

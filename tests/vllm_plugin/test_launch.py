@@ -10,6 +10,15 @@ from kvblend_rag import BlendConfig
 from kvblend_rag.vllm_plugin.launch import CONNECTOR, HYBRID_CONNECTOR, connector_arguments, fit_connector
 
 
+def test_an_encoder_decoder_model_gets_no_connector(rigs, tmp_path):
+    """vLLM would not start it with any."""
+    arguments = AsyncEngineArgs(
+        model=str(rigs.model("whisper")), **connector_arguments(BlendConfig(store_path=str(tmp_path)))
+    )
+    fit_connector(arguments)
+    assert arguments.create_engine_config().kv_transfer_config is None
+
+
 @pytest.mark.parametrize(("family", "connector"), [("llama", CONNECTOR), ("lfm2", HYBRID_CONNECTOR)])
 def test_a_hybrid_model_gets_the_connector_that_it_can_start_with(rigs, tmp_path, family, connector):
     """vLLM would not start it with the other."""

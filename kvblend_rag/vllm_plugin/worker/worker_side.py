@@ -66,7 +66,7 @@ class WorkerSide:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self._vllm_config = vllm_config
-        self._config = BlendConfig.load(**vllm_config.kv_transfer_config.kv_connector_extra_config)
+        self._config = _config(vllm_config)
         self._runner: Any = None
         self._begun: StepPlan | None = None
         self._handshake: Handshake | None = None
@@ -320,12 +320,16 @@ class WorkerSide:
         return rehearsal.run(recipe_of(self._config))
 
 
+def _config(vllm_config: VllmConfig) -> BlendConfig:
+    transfer = vllm_config.kv_transfer_config
+    return BlendConfig.load(**({} if transfer is None else transfer.kv_connector_extra_config))
+
+
 def hot_bytes(vllm_config: VllmConfig) -> int:
     """Device memory set aside for chunks; none on a CPU, whose memory tier is as near."""
     if not current_platform.is_cuda():
         return 0
-    config = BlendConfig.load(**vllm_config.kv_transfer_config.kv_connector_extra_config)
-    return int(config.max_device_gb * _GIB)
+    return int(_config(vllm_config).max_device_gb * _GIB)
 
 
 def _of_request(known: OrderedDict[str, T], request_id: str) -> T | None:
