@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,9 @@ def gpu(
     if not has_gpu():
         raise ConfigError("There is no CUDA GPU here: `kvblend bench ttft` measures on a CPU.")
     folder = Path(timelines) if timelines else None
-    result = bench_gpu.run(shape, lengths, spans, repeats, folder, load, sweep, device_gb, enforce_eager=eager)
+    result = bench_gpu.run(
+        shape, lengths, spans, repeats, folder, load, sweep, device_gb, _keeper(json), enforce_eager=eager
+    )
     terminal.prose(json).print(bench_gpu.table(result))
     if plot:
         bench_gpu_plot.save_plot(result, plot)
@@ -131,8 +133,9 @@ def planner(
     _check_at_least_one(chunk_tokens=chunk_tokens, repeats=repeats)
     before = machine()
     longest = 12 * chunk_tokens + 512
+    keep = _keeper(json, machine=before)
     result = bench_planner.run(
-        shape, chunk_tokens, repeats, remote, enforce_eager=eager, max_model_len=longest, **_cpu_arguments()
+        shape, chunk_tokens, repeats, remote, keep, enforce_eager=eager, max_model_len=longest, **_cpu_arguments()
     )
     terminal.prose(json).print(bench_planner.table(result))
     terminal.write_json({"command": _command(), "machine": before, **result}, json)
@@ -192,6 +195,16 @@ def _measured(engine: EngineOptions, bench: Any, json: str | None, *, planner: b
     terminal.prose(json).print(bench.table(result))
     terminal.write_json({"command": _command(), "machine": before, "engine": facts, **result}, json)
     return 0
+
+
+def _keeper(target: str | None, **facts: Any) -> Callable[[dict[str, Any]], None]:
+    """Writes what there is so far into the file that is named, if one is."""
+
+    def keep(result: dict[str, Any]) -> None:
+        if target != "-":
+            terminal.write_json({"command": _command(), **facts, **result}, target)
+
+    return keep
 
 
 def _command() -> str:

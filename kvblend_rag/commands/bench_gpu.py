@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,7 @@ def run(
     load_seconds: float = 0.0,
     sweep: Sequence[int] = (),
     device_gb: float = 0.0,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
     **engine_args: Any,
 ) -> dict[str, Any]:
     """Measure; returns a JSON-able dictionary.
@@ -90,6 +91,7 @@ def run(
         load_seconds: of each run under load (``bench_load``), with prompts of the shortest length; 0 for none.
         sweep: prompt lengths at which budgets from 5 to 20 % are compared.
         device_gb: GPU memory for a second engine whose chunks have got hot; 0 for none.
+        keep: called with what there is so far, whenever a part is done: what comes after may not end.
         engine_args: any of vLLM's engine arguments.
     """
     rng = np.random.default_rng(0)
@@ -108,40 +110,40 @@ def run(
             "max_model_len": max(lengths) + 64,
             **engine_args,
         }
+        result: dict[str, Any] = {
+            "shape": shape,
+            "results": {},
+            "device_gb": device_gb,
+            "hot": {},
+            "sweep": {},
+            "load": None,
+            "command": " ".join([sys.argv[0], *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d"),
+        }
         started = time.perf_counter()
         with LLM(model, config=config, **options) as llm:
-            start_seconds = time.perf_counter() - started
-            ingest_rate, prefill_rate = _ingest_rates(llm, rng)
-            disk = _disk_bandwidth(Path(config.store_path))
-            results = {str(length): _measure(llm, length, arms(spans), repeats, rng) for length in lengths}
-            swept = {str(length): _measure(llm, length, sweep_arms(), repeats, rng) for length in sweep}
+            result["engine_start_seconds"] = time.perf_counter() - started
+            ingested, prefilled = _ingest_rates(llm, rng)
+            result |= {"ingest_tokens_per_second": ingested, "prefill_tokens_per_second": prefilled}
+            result["disk_bytes_per_second"] = _disk_bandwidth(Path(config.store_path))
+            for length in lengths:
+                result["results"][str(length)] = _measure(llm, length, arms(spans), repeats, rng)
+                keep(result)
+            for length in sweep:
+                result["sweep"][str(length)] = _measure(llm, length, sweep_arms(), repeats, rng)
             if timelines is not None:
                 _trace(llm, max(lengths), arms(spans), timelines, rng)
-            load = _under_load(llm, min(lengths), load_seconds, rng) if load_seconds else None
-            clocks, info = _clocks(), llm.kvblend.engine.info
-        hot = {}
+            if load_seconds:
+                result["load"] = _under_load(llm, min(lengths), load_seconds, rng)
+            info = llm.kvblend.engine.info
+            result |= {"engine": info.version, "dtype": info.dtype, "machine": _machine() | {"clocks": _clocks()}}
+            keep(result)
         if device_gb:
             with LLM(model, config=config.replace(max_device_gb=device_gb), **options) as llm:
-                hot = {str(length): _measure(llm, length, arms(spans), repeats, rng, hot=True) for length in lengths}
-        bandwidth = _copy_bandwidth()
-    return {
-        "shape": shape,
-        "engine_start_seconds": start_seconds,
-        "ingest_tokens_per_second": ingest_rate,
-        "prefill_tokens_per_second": prefill_rate,
-        "results": results,
-        "device_gb": device_gb,
-        "hot": hot,
-        "sweep": swept,
-        "copy_bytes_per_second": bandwidth,
-        "disk_bytes_per_second": disk,
-        "load": load,
-        "engine": info.version,
-        "dtype": info.dtype,
-        "machine": _machine() | {"clocks": clocks},
-        "command": " ".join([sys.argv[0], *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+                for length in lengths:
+                    result["hot"][str(length)] = _measure(llm, length, arms(spans), repeats, rng, hot=True)
+        result["copy_bytes_per_second"] = _copy_bandwidth()
+    return result
 
 
 def _ingest_rates(llm: LLM, rng: np.random.Generator) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import contextlib
 import os
 import random
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +96,12 @@ def setups(chunk_tokens: int, remote: str | None) -> list[Setup]:
 
 
 def run(
-    shape: str, chunk_tokens: int = 200, repeats: int = 9, remote: str | None = None, **engine_args: Any
+    shape: str,
+    chunk_tokens: int = 200,
+    repeats: int = 9,
+    remote: str | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+    **engine_args: Any,
 ) -> dict[str, Any]:
     """Measure.
 
@@ -105,14 +110,18 @@ def run(
         chunk_tokens: of a usual chunk.
         repeats: prompts of each case, each answered in every way.
         remote: URL of a remote tier that is slow; the case is left out without one.
+        keep: called with what there is so far, after each case: what comes after may not end.
         engine_args: any of vLLM's engine arguments.
 
     Returns:
         JSON-able; in ``rows``, for each case, seconds by arm, ratios to plain (``mean`` with its 95 % interval), how
         often the planner blended, and what it said where it did not.
     """
-    rows: list[dict[str, Any]] = []
-    facts: dict[str, Any] = {}
+    result: dict[str, Any] = {
+        "engines": {},
+        "settings": {"shape": shape, "tiny": TINY, "chunk_tokens": chunk_tokens, "repeats": repeats},
+        "rows": [],
+    }
     wanted = setups(chunk_tokens, remote)
     with tqdm(total=sum(len(each.cases) for each in wanted) * (repeats + _WARM_UPS), desc="Prompts") as bar:
         for setup in wanted:
@@ -122,16 +131,14 @@ def run(
                     store_path=str(Path(folder) / "store"), ingest_context="none", chunk_size=65_536, **setup.settings
                 )
                 options = {"load_format": "dummy", "skip_tokenizer_init": True, **engine_args}
+                eager = bool(engine_args.get("enforce_eager"))
                 with LLM(model, config=config, **options) as llm:
-                    facts[setup.name] = engine_facts(llm.kvblend.engine.info, bool(engine_args.get("enforce_eager")))
+                    result["engines"][setup.name] = engine_facts(llm.kvblend.engine.info, eager)
                     for number, case in enumerate(setup.cases):
-                        rows.append(_Sweep(llm, case, number).measure(repeats, bar))
-    return {
-        "engines": facts,
-        "settings": {"shape": shape, "tiny": TINY, "chunk_tokens": chunk_tokens, "repeats": repeats},
-        "rows": rows,
-        "worst_ratio": max(row["ratio"]["planned"]["median"] for row in rows),
-    }
+                        result["rows"].append(_Sweep(llm, case, number).measure(repeats, bar))
+                        result["worst_ratio"] = max(row["ratio"]["planned"]["median"] for row in result["rows"])
+                        keep(result)
+    return result
 
 
 class _Sweep:

@@ -24,6 +24,10 @@ def main() -> None:
     parser.add_argument("--sweep", type=int, nargs="+", default=[], help="lengths at which budgets are compared")
     parser.add_argument("--device-gb", type=float, default=0.0, help="of GPU memory for chunks that have got hot")
     given = parser.parse_args()
+
+    def keep(result: dict) -> None:
+        given.out.write_text(json.dumps(result, indent=1))
+
     result = bench_gpu.run(
         given.shape,
         given.lengths,
@@ -33,9 +37,10 @@ def main() -> None:
         given.load,
         given.sweep,
         given.device_gb,
+        keep,
         enforce_eager=given.eager,
     )
-    given.out.write_text(json.dumps(result, indent=1))
+    keep(result)
     for kind in ("results", "hot", "sweep"):
         for length, rows in result[kind].items():
             for name, row in rows.items():

@@ -146,19 +146,6 @@ class PagedKV:
         table = self.table(block_ids, tokens).long()
         return (self._read(layer, table, tokens) for layer in self.layers)
 
-    def read_chunk(self, block_ids: BlockIds, start: int, stop: int) -> torch.Tensor:
-        """A copy of a request's tokens [start, stop) in every layer, (layers, 2, tokens, kv_heads, head_dim)."""
-        kv = torch.empty(self.chunk_shape(stop - start), dtype=self.dtype, device=self.device)
-        if self.caches is not None:
-            from kvblend_rag.kernels.gather import gather  # needs Triton
-
-            gather(self.caches, self.slots(block_ids, torch.arange(start, stop)), kv)
-            return kv
-        for halves, found in zip(kv, self.read_all(block_ids, stop), strict=True):
-            for half, tokens in zip(halves, found, strict=True):
-                half.copy_(tokens[start:])
-        return kv
-
     def _read(self, layer: AttentionLayer, table: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         inside = self._flat(layer.cache[table])
         return self._keys.read(inside, tokens), self._values.read(inside, tokens)

@@ -137,7 +137,10 @@ class WorkerSide:
             assert writer is not None
             shape = paged.chunk_shape(job.stop - job.start)
             writer.wait_for_room(math.prod(shape) * paged.dtype.itemsize)
-            kv = paged.read_chunk(job.block_ids, job.start, job.stop)
+            kv = torch.empty(shape, dtype=paged.dtype, device=paged.device)
+            for halves, found in zip(kv, paged.read_all(job.block_ids, job.stop), strict=True):
+                for half, tokens in zip(halves, found, strict=True):
+                    half.copy_(tokens[job.start :])
             writer.write(StoredChunk(job.key, job.namespace, job.token_ids, kv))
 
     def fetch(self, keys: Sequence[str]) -> None:
