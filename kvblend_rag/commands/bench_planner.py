@@ -54,6 +54,8 @@ class Case:
     """The operating system's page cache forgets the store before each request."""
     answering: int = 0
     """Answers that run meanwhile."""
+    times: int = 1
+    """As many prompts as elsewhere: those of ten milliseconds scatter by half of it."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def setups(chunk_tokens: int, remote: str | None) -> list[Setup]:
             (
                 usual,
                 Case("short chunks", 6 * chunk_tokens // 32, 32),
-                Case("one short chunk", 1, 32),
+                Case("one short chunk", 1, 32, times=4),
                 Case("a long question", 2, chunk_tokens, 4 * chunk_tokens),
                 Case("nothing is known", 6, chunk_tokens, known=False),
                 Case("busy engine", 6, chunk_tokens, answering=4),
@@ -87,7 +89,7 @@ def setups(chunk_tokens: int, remote: str | None) -> list[Setup]:
             (Case("on disk", 6, chunk_tokens), Case("cold disk", 6, chunk_tokens, cold=True)),
             settings={"max_memory_gb": 0.0},
         ),
-        Setup("tiny model", (Case("tiny model", 6, chunk_tokens),), shape=TINY),
+        Setup("tiny model", (Case("tiny model", 6, chunk_tokens, times=4),), shape=TINY),
     ]
     if remote is not None:
         settings = {"max_memory_gb": 0.0, "max_disk_gb": 0.0, "remote": (remote,)}
@@ -108,7 +110,7 @@ def run(
     Args:
         shape: a name in ``shapes.SHAPES``.
         chunk_tokens: of a usual chunk.
-        repeats: prompts of each case, each answered in every way.
+        repeats: prompts of each case, each answered in every way; four times as many where they are short.
         remote: URL of a remote tier that is slow; the case is left out without one.
         keep: called with what there is so far, after each case: what comes after may not end.
         engine_args: any of vLLM's engine arguments.
@@ -123,7 +125,8 @@ def run(
         "rows": [],
     }
     wanted = setups(chunk_tokens, remote)
-    with tqdm(total=sum(len(each.cases) for each in wanted) * (repeats + _WARM_UPS), desc="Prompts") as bar:
+    prompts = sum(case.times * repeats + _WARM_UPS for setup in wanted for case in setup.cases)
+    with tqdm(total=prompts, desc="Prompts") as bar:
         for setup in wanted:
             with tempfile.TemporaryDirectory(prefix="kvblend-bench-") as folder:
                 model = write_shape(setup.shape or shape, Path(folder) / "model")
@@ -135,7 +138,7 @@ def run(
                 with LLM(model, config=config, **options) as llm:
                     result["engines"][setup.name] = engine_facts(llm.kvblend.engine.info, eager)
                     for number, case in enumerate(setup.cases):
-                        result["rows"].append(_Sweep(llm, case, number).measure(repeats, bar))
+                        result["rows"].append(_Sweep(llm, case, number).measure(case.times * repeats, bar))
                         result["worst_ratio"] = max(row["ratio"]["planned"]["median"] for row in result["rows"])
                         keep(result)
     return result
