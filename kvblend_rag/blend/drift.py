@@ -45,8 +45,9 @@ class Drift:
     def forget(self, tokens: float) -> None:
         """Move this size's correction, or that of the nearest size known, a little towards none."""
         if self._ratios:
-            known = self._ratios[self._nearest(tokens)]
-            known.extend([ratio + _FORGOTTEN * (1.0 - ratio) for ratio in known])
+            nearest = self._nearest(tokens)
+            less = (ratio + _FORGOTTEN * (1.0 - ratio) for ratio in self._ratios[nearest])
+            self._ratios[nearest] = deque(less, maxlen=_KEPT)
 
     def _nearest(self, tokens: float) -> int:
         size = _size(tokens)

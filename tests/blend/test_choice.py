@@ -29,7 +29,13 @@ def cases(draw):
     plan = make_plan(np.arange(tokens), runs).clip(draw(st.integers(0, tokens)))
     numbers = st.floats(0, 1)
     forward = ForwardPace(
-        1e-4 + draw(numbers) * 0.05, 1e-6 + draw(numbers) * 1e-3, draw(numbers) * 1e-7, draw(numbers) * 1e-4, 512, 32
+        1e-4 + draw(numbers) * 0.05,
+        1e-6 + draw(numbers) * 1e-3,
+        draw(numbers) * 1e-7,
+        draw(numbers) * 1e-4,
+        512,
+        32,
+        draw(st.sampled_from([0.0, 0.01, 0.1])),
     )
     pace = Pace(forward, draw(numbers) * 0.05, draw(numbers) * 1e-4, 1000)
     tiers = [

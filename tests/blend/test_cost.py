@@ -158,6 +158,9 @@ def test_one_hiccup_is_no_drift():
     for ratio in (2.0, 2.0, 4.0):
         slow.observe(50, 1.0, ratio)
     assert slow.factor(50) == 2
+    for _ in range(200):
+        slow.forget(50)
+    assert slow.factor(50) == pytest.approx(1, abs=0.03)
 
 
 def test_forgetting_where_nothing_is_known_does_nothing():
