@@ -213,6 +213,24 @@ def test_a_rehearsal_finds_the_pace(monkeypatch, blocks, longest):
     assert (pace.question_share, pace.deviation_share) == (11 / 12, 2 / 12)
 
 
+def test_a_rehearsal_is_not_deceived_by_passes_that_take_a_gpu_no_longer_than_one_token(monkeypatch):
+    """As measured on an H200: 5, 64 and 500 tokens all take as long as the host needs to ask for them."""
+    clock, paged = Clock(monkeypatch), Paged()
+    forward, shelf = Forward(clock), Shelf(paged)
+    clock.pace = ForwardPace(0.004, 2.2e-5, 7e-10, 1e-6, least=0.0133)
+    forward.max_tokens, forward.max_rows = 8192, 1024
+
+    def blend(job):
+        forward.run([SimpleNamespace(start=start, stop=stop) for start, stop in job.plan.computed_ranges()])
+        return Outcome()
+
+    rehearsal = Rehearsal(paged, forward, blend, shelf, ALONE, blocks=3000, max_model_len=16_384, vocabulary=100)
+    pace = rehearsal.run(Recipe("none", 0.0, 16)).forward
+    assert pace.seconds(Work.of([(0, 1)])) == pytest.approx(clock.pace.least)
+    for work in (Work.of([(0, 6000)]), Work.of([(0, 3000)]), Work.of([(8000, 8500)])):
+        assert pace.seconds(work) == pytest.approx(clock.pace.seconds(work), rel=0.1)
+
+
 @pytest.mark.parametrize(("encoding", "smaller"), [("none", 1.0), ("int8", 3.0), ("fp8", 3.0), ("int4", 2.0)])
 def test_a_rehearsal_goes_by_chunks_as_the_store_gives_them(encoding, smaller):
     shelf, paged = Shelf(Paged, encoding), Paged()
