@@ -227,8 +227,9 @@ def test_a_rehearsal_is_not_deceived_by_passes_that_take_a_gpu_no_longer_than_on
     rehearsal = Rehearsal(paged, forward, blend, shelf, ALONE, blocks=3000, max_model_len=16_384, vocabulary=100)
     pace = rehearsal.run(Recipe("none", 0.0, 16)).forward
     assert pace.seconds(Work.of([(0, 1)])) == pytest.approx(clock.pace.least)
-    for work in (Work.of([(0, 6000)]), Work.of([(0, 3000)]), Work.of([(8000, 8500)])):
-        assert pace.seconds(work) == pytest.approx(clock.pace.seconds(work), rel=0.1)
+    # The shortest pass is as long as the host's part alone, so what is fixed looks larger than it is.
+    for work, off in ((Work.of([(0, 6000)]), 0.05), (Work.of([(0, 3000)]), 0.05), (Work.of([(8000, 8500)]), 0.2)):
+        assert pace.seconds(work) == pytest.approx(clock.pace.seconds(work), rel=off)
 
 
 @pytest.mark.parametrize(("encoding", "smaller"), [("none", 1.0), ("int8", 3.0), ("fp8", 3.0), ("int4", 2.0)])
