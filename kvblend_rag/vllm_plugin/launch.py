@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import ConfigError, EngineUnavailable, ModelNotFound
 from kvblend_rag.vllm_plugin import compat
 from kvblend_rag.vllm_plugin.forced_tokens import PROCESSOR
+
+logger = logging.getLogger(__name__)
 
 CONNECTOR = "KVBlendConnector"
 CONNECTOR_MODULE = "kvblend_rag.vllm_plugin.connector"
@@ -94,6 +97,7 @@ def fit_connector(arguments: AsyncEngineArgs) -> None:
         return
     model = arguments.create_model_config()
     if model.is_encoder_decoder:  # vLLM takes no connector there (vllm/v1/core/sched/scheduler.py)
+        logger.warning("kvblend: every request gets an ordinary prefill: it is an encoder-decoder model.")
         arguments.kv_transfer_config = None
     elif model.is_hybrid:
         transfer.kv_connector = HYBRID_CONNECTOR

@@ -10,12 +10,13 @@ from kvblend_rag import BlendConfig
 from kvblend_rag.vllm_plugin.launch import CONNECTOR, HYBRID_CONNECTOR, connector_arguments, fit_connector
 
 
-def test_an_encoder_decoder_model_gets_no_connector(rigs, tmp_path):
+def test_an_encoder_decoder_model_gets_no_connector(rigs, tmp_path, caplog):
     """vLLM would not start it with any."""
     arguments = AsyncEngineArgs(
         model=str(rigs.model("whisper")), **connector_arguments(BlendConfig(store_path=str(tmp_path)))
     )
     fit_connector(arguments)
+    assert "ordinary prefill: it is an encoder-decoder model" in caplog.text
     assert arguments.create_engine_config().kv_transfer_config is None
 
 
