@@ -2,7 +2,7 @@
 
 What was measured before the first request is never quite what happens later: other requests run beside, graphs
 are replayed, a disk gets busy. The middle of the last few ratios corrects the prediction: a single one counts for
-nothing, however large it is, since a kernel that is compiled on its first use takes twenty times as long.
+nothing, however large it is, since a kernel that is compiled on its first use takes many times as long.
 """
 
 from __future__ import annotations

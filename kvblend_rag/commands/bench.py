@@ -202,7 +202,7 @@ def _keeper(target: str | None, **facts: Any) -> Callable[[dict[str, Any]], None
 
     def keep(result: dict[str, Any]) -> None:
         if target != "-":
-            terminal.write_json({"command": _command(), **facts, **result}, target)
+            terminal.write_json({**facts, **result, "command": _command()}, target)
 
     return keep
 

@@ -55,7 +55,7 @@ class Case:
     answering: int = 0
     """Answers that run meanwhile."""
     times: int = 1
-    """As many prompts as elsewhere: those of ten milliseconds scatter by half of it."""
+    """How many times as many prompts as elsewhere: short ones scatter more."""
 
 
 @dataclass(frozen=True)
