@@ -203,10 +203,11 @@ def _planner_rows(result: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def planner() -> str:
-    """The sweep on this CPU, as `kvblend bench planner` measured it."""
-    result = json.loads((RESULTS / "cpu-planner.json").read_text(encoding="utf-8"))
-    return f"{_planner_rows(result)}\nFrom `docs/results/cpu-planner.json` (`{_plain(result['command'])}`).\n"
+def planner(machine: str) -> str:
+    """The sweep on two cores or on a GPU, as `kvblend bench planner` measured it."""
+    name = {"cpu": "cpu-planner.json", "gpu": "gpu-planner-h200.json"}[machine]
+    result = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return f"{_planner_rows(result)}\nFrom `docs/results/{name}` (`{_plain(result['command'])}`).\n"
 
 
 def is_gpu(result: dict[str, Any]) -> bool:
@@ -314,7 +315,23 @@ def _load_goals(load: dict[str, Any]) -> list[tuple[str, float, float]]:
             if arriving in tokens:
                 what = f"between the tokens of running answers, {arriving} arriving against plain: {name}"
                 goals.append((what, -1, tokens[arriving][key] / tokens["plain"][key]))
+        if "prompts" in tokens["plain"]:
+            idle, both = tokens["idle"]["mean"], (tokens[arriving], tokens["plain"])
+            mine, plain = ((found["mean"] - idle) / found["prompts"] for found in both)
+            goals.append((f"the same, added to the mean by each prompt: {arriving}", -1, mine / plain))
     return goals
+
+
+def gpu_question() -> str:
+    """How much sooner `question` answers on a GPU where chunks are kept in eight bits."""
+    found = json.loads((RESULTS / "gpu-encodings-question.json").read_text(encoding="utf-8"))
+    arms = ("reuse only", "first 10 %, spans of 64", "question 10 %, spans of 64")
+    rows = [
+        [f"`{name}`", f"{int(length):,}", *(f"{measured[arm]['speedup']:.1f}" for arm in arms)]
+        for name, engine in found["encodings"].items()
+        for length, measured in engine["results"].items()
+    ]
+    return table(["", "prompt", "TTFT, reuse only: times sooner", "`first` 10 %", "`question` 10 %"], rows)
 
 
 def gpu_encodings() -> str:

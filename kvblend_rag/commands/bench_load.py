@@ -110,7 +110,10 @@ def run(
         "blended": [blend],
         "mixed": [PLAIN, blend],
     }
-    decoding = {name: _decoding(llm, traffic, rate / 2, kinds, seconds) for name, kinds in arriving.items()}
+    # The same prompts at the same times for each kind: a run of seconds sees a dozen of them, give or take four.
+    times = [at for at in traffic.arrivals(rate / 2, seconds) if at < seconds]
+    prompts = [traffic.prompt() for _ in times]
+    decoding = {name: _decoding(llm, traffic, times, prompts, kinds, seconds) for name, kinds in arriving.items()}
     engine.run(engine.reset_prefix_cache())
     return {
         "settings": {
@@ -206,9 +209,14 @@ def _loaded(
 
 
 def _decoding(
-    llm: LLM, traffic: Traffic, rate: float, kinds: Sequence[dict[str, Any]], seconds: float
+    llm: LLM,
+    traffic: Traffic,
+    times: Sequence[float],
+    prompts: Sequence[TokenIds],
+    kinds: Sequence[dict[str, Any]],
+    seconds: float,
 ) -> dict[str, float]:
-    """Milliseconds between the tokens of running answers while prompts of these kinds arrive by turns."""
+    """Milliseconds between the tokens of running answers while the prompts arrive, of these kinds by turns."""
     from kvblend_rag.commands.arms import greedy
 
     engine = llm.kvblend.engine
@@ -227,18 +235,18 @@ def _decoding(
             if now > until:
                 return
 
-    async def arrival(after: float, blend: dict[str, Any]) -> None:
-        await asyncio.sleep(after)
-        async for _ in llm.stream(traffic.prompt(), short, blend=blend):
+    async def arrival(after: float, prompt: TokenIds, blend: dict[str, Any]) -> None:
+        await asyncio.sleep(1 + after)
+        async for _ in llm.stream(prompt, short, blend=blend):
             pass
 
     async def all_of_them() -> None:
         decoders = [decoder(time.perf_counter() + 1 + seconds) for _ in range(_DECODERS)]
-        times = [1 + at for at in traffic.arrivals(rate, seconds) if at < seconds] if kinds else []
-        await asyncio.gather(*decoders, *map(arrival, times, itertools.cycle(kinds)))
+        await asyncio.gather(*decoders, *map(arrival, times, prompts, itertools.cycle(kinds)))
 
     engine.run(all_of_them())
-    return {**_percentiles(gaps), "mean": float(np.mean(gaps)), "max": float(np.max(gaps))}
+    spread = {**_percentiles(gaps), "mean": float(np.mean(gaps)), "max": float(np.max(gaps))}
+    return {**spread, "prompts": len(times) if kinds else 0}
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float]:

@@ -203,10 +203,18 @@ class VLLMEngine(Engine):
                 self.run(self.call("close"))
         finally:
             if self._owned:
+                self.run(self._stop_listening())
                 self._llm.shutdown()
             self._loop.stop()
             # vLLM's engine must not be collected while the interpreter goes down: its finaliser fails then.
             del self._llm
+
+    async def _stop_listening(self) -> None:
+        """Of vLLM's shutdown, what ends its output handler; done first, or the handler logs that the engine died."""
+        handler = getattr(self._llm, "output_handler", None)
+        if handler is not None:
+            handler.cancel()
+            await asyncio.gather(handler, return_exceptions=True)
 
     def _own(self, sampling_params: SamplingParams | None) -> SamplingParams:
         """A copy to be changed; of the model's defaults when nothing is given."""
