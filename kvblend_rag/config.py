@@ -139,6 +139,10 @@ class BlendConfig:
     """Text files with up to three documents of the application's own, to stand in the ingest context in place of the
     generic ones (part of the chunk's key)."""
 
+    ingest_openings: bool = False
+    """Store each chunk a second time, computed behind the header alone, for prompts in which it stands first: nearer
+    to a full prefill, for twice the ingest and the store (the second one counts as a chunk of its own)."""
+
     system_prompt: str | None = None
     """System text of the header in the ingest context; give the application's own for the best answers."""
 

@@ -41,6 +41,8 @@ class EngineInfo:
     """Token ids of the ingest context: the other half."""
     refusal: str | None
     """Why this model can't be blended; None when it can."""
+    header: tuple[int, ...] | None = None
+    """Token ids that chunks are computed behind a second time, as openings; None where they are not."""
     architectures: tuple[str, ...] = ()
     """As the model's configuration names them."""
 

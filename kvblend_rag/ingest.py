@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class IngestReport:
     """Tokens computed."""
     seconds: float = 0.0
     keys: tuple[tuple[str, ...], ...] = ()
-    """By text: the keys of its chunks, in order."""
+    """By text: the keys of its chunks, in order; with ``ingest_openings``, each behind the other's."""
     skipped: tuple[tuple[int, str], ...] = ()
     """Index of a text that was not ingested, or not all of it, and why."""
 
@@ -92,6 +93,9 @@ class Ingester:
         self._engine, self._catalogue, self._config = engine, catalogue, config
         info = engine.info
         self.namespace = namespace(info.fingerprint, info.context, config.tenant)
+        self._contexts = {self.namespace: info.context}
+        if info.header is not None:
+            self._contexts[namespace(info.fingerprint, info.header, config.tenant)] = info.header
         self._longest = min(config.chunk_size, info.max_model_len - len(info.context) - 1)
 
     def cut(self, text: Text) -> list[TokenIds]:
@@ -120,7 +124,7 @@ class Ingester:
     def keys(self, text: Text) -> list[str]:
         """The keys of a text's chunks; none for a text that could not be ingested."""
         try:
-            return [chunk_key(self.namespace, chunk) for chunk in self.cut(text)]
+            return [chunk_key(space, chunk) for chunk in self.cut(text) for space in self._contexts]
         except ChunkRejected:
             return []
 
@@ -147,19 +151,19 @@ class Ingester:
         bar.update(len(tokens) - len(missing))
         wanted = {key: tokens[key] for key in missing}
         failed = await self._compute(wanted, bar)
-        return pieces, wanted, failed
+        return pieces, {key: chunk for key, (_, chunk) in wanted.items()}, failed
 
     def _prepare(
         self, texts: Sequence[Text], document_ids: Sequence[str] | None
-    ) -> tuple[list[_Pieces], dict[str, TokenIds], list[str]]:
-        tokens: dict[str, TokenIds] = {}
+    ) -> tuple[list[_Pieces], dict[str, tuple[str, TokenIds]], list[str]]:
+        tokens: dict[str, tuple[str, TokenIds]] = {}
         pieces = []
         for text in texts:
             piece = _Pieces()
             try:
-                for chunk in self.cut(text):
-                    key = chunk_key(self.namespace, chunk)
-                    tokens[key] = chunk
+                for chunk, space in itertools.product(self.cut(text), self._contexts):
+                    key = chunk_key(space, chunk)
+                    tokens[key] = space, chunk
                     piece.keys.append(key)
             except ChunkRejected as error:
                 piece.reason = str(error)
@@ -178,20 +182,20 @@ class Ingester:
             by_document.setdefault(document_id, []).extend(piece.keys)
         self._catalogue.hold_all(by_document, tenant)
 
-    async def _compute(self, wanted: dict[str, TokenIds], bar: tqdm[Any]) -> dict[str, str]:
+    async def _compute(self, wanted: dict[str, tuple[str, TokenIds]], bar: tqdm[Any]) -> dict[str, str]:
         failed: dict[str, str] = {}
         gate = asyncio.Semaphore(self._engine.chunks_at_once)
 
-        async def one(key: str, chunk: TokenIds) -> None:
+        async def one(key: str, space: str, chunk: TokenIds) -> None:
             async with gate:
                 if not failed:
-                    reason = await self._compute_one(key, chunk)
+                    reason = await self._compute_one(key, space, chunk)
                     if reason is not None:
                         failed[key] = reason
                 bar.update()
 
         try:
-            await asyncio.gather(*(one(key, chunk) for key, chunk in wanted.items()))
+            await asyncio.gather(*(one(key, space, chunk) for key, (space, chunk) in wanted.items()))
         finally:
             # Also after Ctrl-C: what was computed gets written and listed.
             for failures in await self._engine.call("flush"):
@@ -200,11 +204,11 @@ class Ingester:
             failed.setdefault(key, "the chunk was computed and did not reach the store")
         return failed
 
-    async def _compute_one(self, key: str, chunk: TokenIds) -> str | None:
-        context = self._engine.info.context
+    async def _compute_one(self, key: str, space: str, chunk: TokenIds) -> str | None:
+        context = self._contexts[space]
         options = {
             "tenant": self._config.tenant,
-            "ingest": {"key": key, "namespace": self.namespace, "start": len(context)},
+            "ingest": {"key": key, "namespace": space, "start": len(context)},
         }
         reason = None
         async for output in self._engine.generate(

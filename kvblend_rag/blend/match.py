@@ -45,6 +45,10 @@ class Match:
     start: int
     chunk_start: int
     length: int
+    behind: int | None = None
+    """Tokens of the context that its KV was computed behind; None: the ingest context's."""
+    exact: bool = False
+    """It stands behind the very tokens that its KV was computed behind: the KV is a full prefill's."""
 
     @property
     def stop(self) -> int:
@@ -100,6 +104,16 @@ class ChunkIndex:
         hashes = _hashes_at(list(given.values()), offsets, self.window)
         counts = [len(at) for at in offsets]
         self._windows.insert(hashes, np.repeat(slots, counts), np.concatenate(offsets))
+
+    def tokens(self, key: str) -> TokenIds:
+        """A chunk's token ids.
+
+        Raises:
+            KeyError: an unknown key.
+        """
+        chunk = self._chunks[self._slots[key]]
+        assert chunk is not None
+        return chunk[1]
 
     def discard(self, key: str) -> None:
         """Forgets a chunk; an unknown key is no error."""

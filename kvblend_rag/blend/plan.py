@@ -48,6 +48,11 @@ class BlendPlan:
         return sum(run.length for run in self.runs)
 
     @property
+    def exact_tokens(self) -> int:
+        """Reused tokens whose KV is a full prefill's as it is: selectors don't choose among them."""
+        return sum(run.length for run in self.runs if run.exact)
+
+    @property
     def computed_tokens(self) -> int:
         """Tokens that are neither cached nor reused."""
         return self.prompt_tokens - self.cached - self.reused_tokens
@@ -177,7 +182,8 @@ def _between(runs: Iterable[Match], first: int, last: int, min_run: int) -> tupl
     for run in runs:
         start, stop = max(run.start, first), min(run.stop, last)
         if stop - start >= max(min_run, 1):
-            parts.append(Match(run.key, start, run.chunk_start + start - run.start, stop - start))
+            chunk_start = run.chunk_start + start - run.start
+            parts.append(dataclasses.replace(run, start=start, chunk_start=chunk_start, length=stop - start))
     return tuple(parts)
 
 

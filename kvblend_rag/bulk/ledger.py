@@ -25,6 +25,7 @@ _RELEVANT = (
     "chunk_size",
     "ingest_context",
     "ingest_documents",
+    "ingest_openings",
     "system_prompt",
     "tenant",
     "heed_verdict",

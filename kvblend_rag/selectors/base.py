@@ -10,7 +10,8 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -76,6 +77,19 @@ class SelectionInput:
             given = getattr(self, name)
             if given is not None and given.shape != self.positions.shape:
                 raise ValueError(f"{name} has shape {tuple(given.shape)}, and positions {tuple(self.positions.shape)}.")
+
+    def among(self, candidates: torch.Tensor) -> SelectionInput:
+        """The same budget for some of the tokens alone.
+
+        Args:
+            candidates: bool, shape (R,), on the input's device.
+        """
+        evidence = ("question_mass", "last_mass", "key_deviation", "value_deviation")
+        given = {name: getattr(self, name) for name in evidence}
+        left: dict[str, Any] = {name: None if each is None else each[candidates] for name, each in given.items()}
+        positions = self.positions[candidates]
+        budget = min(self.budget, len(positions))
+        return replace(self, positions=positions, run=self.run[candidates], budget=budget, **left)
 
     @classmethod
     def from_plan(

@@ -37,6 +37,7 @@ _TOLD = (
     "enable_blending",
     "min_run",
     "ingest_context",
+    "ingest_openings",
     "encoding",
     "learn_seen",
 )

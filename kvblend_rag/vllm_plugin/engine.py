@@ -67,6 +67,7 @@ class VLLMEngine(Engine):
             fingerprint=first["fingerprint"],
             context=tuple(first["context"]),
             refusal=next((each["refusal"] for each in described if each["refusal"]), None),
+            header=None if first["header"] is None else tuple(first["header"]),
             architectures=tuple(model.architectures),
         )
 

@@ -149,11 +149,14 @@ class Handshake(KVConnectorHandshakeMetadata):
 
     fingerprint: str
     context: tuple[int, ...]
+    """Token ids of the ingest context."""
     refusal: str | None
     rank: int
     ranks: int
     pace: Pace | None = None
     """How fast it computes and blends; None where nobody plans by it."""
+    header: tuple[int, ...] | None = None
+    """Token ids that chunks are computed behind a second time, as openings; None where they are not."""
     loads: tuple[TierLoad, ...] = ()
     """What reading some stored chunks took."""
 

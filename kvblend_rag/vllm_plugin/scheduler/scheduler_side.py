@@ -139,7 +139,7 @@ class SchedulerSide:
             logger.warning("kvblend: every request gets an ordinary prefill: %s.", self._model_refusal)
             self._gate = "model"
             return
-        self._library = Library(self._config, first.fingerprint, first.context)
+        self._library = Library(self._config, first.fingerprint, first.context, first.header)
         try:
             self._heed(find_verdict(self._config, first.fingerprint, first.context))
         except KVBlendError as error:  # it may be a refusal
@@ -343,7 +343,9 @@ class SchedulerSide:
         prompt = as_token_ids(request.prompt_token_ids)
         if wish.ingest is not None:
             return self._plan_saving(request.request_id, prompt, wish.ingest, wish.tenant), report
-        plan = make_plan(prompt, self._library.match(wish.tenant, prompt), self._config.min_run)
+        # Where every token is computed again no stored KV counts, an exact one neither.
+        openings = get_selector(wish.recipe.selector).share != 1
+        plan = make_plan(prompt, self._library.match(wish.tenant, prompt, openings), self._config.min_run)
         if self._config.learn_seen:
             known = tuple((run.start, run.stop) for run in plan.runs)
             self._seen_prompts.append(SeenPrompt(wish.tenant, prompt, known))
@@ -411,11 +413,11 @@ class SchedulerSide:
     def _plan_saving(self, request_id: str, prompt: TokenIds, ingest: Ingest, tenant: str) -> str | None:
         assert self._library is not None
         tokens = prompt[ingest.start :]
-        space = self._library.namespace(tenant)
-        if ingest.namespace != space or ingest.key != chunk_key(space, tokens):
+        context = self._library.contexts(tenant).get(ingest.namespace)
+        if context is None or ingest.key != chunk_key(ingest.namespace, tokens):
             return "the chunk's key does not belong to this model, ingest context and tenant; nothing was stored"
         # The key stands for what is in front of the chunk too: it must be there, or the store is poisoned.
-        if not len(tokens) or not np.array_equal(prompt[: ingest.start], self._library.context):
+        if not len(tokens) or not np.array_equal(prompt[: ingest.start], context):
             return "the chunk does not stand right behind the ingest context; nothing was stored"
         self._savings[request_id] = _Saving(tokens, ingest)
         return STORING

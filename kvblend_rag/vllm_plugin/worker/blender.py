@@ -194,8 +194,20 @@ class Blender:
             upload=upload,
             **evidence,
         )
-        mask = self._ranks.same(selector.select(given))
-        return mask_to_ranges(given.positions, mask), mask, selector.uncovered(given, mask)
+        if not job.plan.exact_tokens:
+            mask = self._ranks.same(selector.select(given))
+            return mask_to_ranges(given.positions, mask), mask, selector.uncovered(given, mask)
+        exact = [index for index, run in enumerate(job.plan.runs) if run.exact]
+        candidates = ~torch.isin(given.run, torch.tensor(exact, device=given.run.device))
+        if job.plan.exact_tokens == job.plan.reused_tokens:
+            return [], torch.zeros_like(candidates), None
+        fewer = given.among(candidates)
+        chosen = self._ranks.same(selector.select(fewer))
+        adaptive = recipe.coverage < 1 and recipe.full_share < 1
+        # Where covering takes too much, what is exact is computed with the rest: a full prefill, as the report says.
+        everything = adaptive and bool(chosen.all())
+        mask = torch.ones_like(candidates) if everything else candidates.masked_scatter(candidates, chosen)
+        return mask_to_ranges(given.positions, mask), mask, selector.uncovered(fewer, chosen)
 
     def _compute(self, job: BlendJob, ranges: Iterable[tuple[int, int]]) -> None:
         rows = [Row(job.token_ids, job.block_ids, start, stop) for start, stop in ranges if start < stop]

@@ -43,9 +43,10 @@ class Turns:
 
     def __init__(self, plan: BlendPlan, context_tokens: int, upload: Upload) -> None:
         positions, which = plan.reused_positions()
-        back = np.array([run.chunk_start - run.start for run in plan.runs], dtype=np.int64)
+        behind = [context_tokens if run.behind is None else run.behind for run in plan.runs]
+        back = np.array([run.chunk_start - run.start for run in plan.runs], dtype=np.int64) + behind
         self._new = upload(torch.from_numpy(positions))
-        self._stored = upload(torch.from_numpy(positions + back[which] + context_tokens))
+        self._stored = upload(torch.from_numpy(positions + back[which]))
         self._known: dict[tuple[int, bool], Turn] = {}
         self.seconds = 0.0
 

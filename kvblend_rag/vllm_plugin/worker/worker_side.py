@@ -166,11 +166,12 @@ class WorkerSide:
     # Called from outside through KVBlendWorker.kvblend
 
     def describe(self) -> dict[str, Any]:
-        """Fingerprint, ingest context, and why the model is refused, if it is."""
+        """Fingerprint, ingest context, header, and why the model is refused, if it is."""
         handshake = self.handshake()
         return {
             "fingerprint": handshake.fingerprint,
             "context": list(handshake.context),
+            "header": None if handshake.header is None else list(handshake.header),
             "refusal": handshake.refusal,
             "rank": handshake.rank,
         }
@@ -258,6 +259,7 @@ class WorkerSide:
 
     def _survey(self) -> Handshake:
         refusal, identity, context = None, "", []
+        header: list[int] | None = None
         pace: Pace | None = None
         loads: list[TierLoad] = []
         ranks = Ranks()
@@ -283,6 +285,8 @@ class WorkerSide:
                 tokenizer = cached_tokenizer_from_config(self._vllm_config.model_config)
                 documents = own_documents(self._config.ingest_documents)
                 context = ingest_context(kind, tokenizer, self._config.system_prompt, documents)
+                if self._config.ingest_openings and kind != "header":
+                    header = ingest_context("header", tokenizer, self._config.system_prompt)
             shard = (ranks.rank, ranks.size)
             pin, decoding = self._paged.device.type == "cuda", self._paged.caches is None
             self._store = open_store(self._config, shard, pin=pin, decoding=decoding)
@@ -303,7 +307,10 @@ class WorkerSide:
         except (Refused, ValueError, KVBlendError) as error:
             refusal = str(error).rstrip(".")
             logger.warning("kvblend does not blend: %s.", refusal)
-        return Handshake(identity, tuple(context), refusal, ranks.rank, ranks.size, pace, tuple(loads))
+        opening = None if header is None else tuple(header)
+        return Handshake(
+            identity, tuple(context), refusal, ranks.rank, ranks.size, pace, header=opening, loads=tuple(loads)
+        )
 
     def _rehearse(self, forward: ScatteredForward, loader: Loader, context_tokens: int, ranks: Ranks) -> Pace | None:
         """How fast this worker computes and blends, in free blocks, before the first request."""
