@@ -770,10 +770,20 @@ def _processes(load: dict[str, Any]) -> list[tuple[str, list[int]]]:
 
 
 def own_documents() -> str:
-    """What documents of the application's own in the ingest context changed, as `tools/compare_quality.py` has it."""
+    """What documents of the application's own in the ingest context changed."""
+    return _compared("own-documents-")
+
+
+def openings() -> str:
+    """What `ingest_openings` changed."""
+    return _compared("openings-")
+
+
+def _compared(prefix: str) -> str:
+    """Results of `tools/compare_quality.py`, of files whose names begin so."""
     rows = []
     for name, result in _loaded():
-        if not name.startswith("own-documents-"):
+        if not name.startswith(prefix):
             continue
         for group, each in result["comparison"].items():
             for arm, found in each["arms"].items():
@@ -820,6 +830,7 @@ def risk() -> str:
 BLOCKS = {
     "faults": faults,
     "own-documents": own_documents,
+    "openings": openings,
     "risk": risk,
     "families": families,
     "combinations": combinations,

