@@ -67,6 +67,8 @@ def which_found(
     used: dict[str, int] = {}
     for use in report.chunks:
         used[use.key] = used.get(use.key, 0) + use.tokens
+    for key, chunk in {key: chunk for chunks in cut for key, chunk in chunks.items()}.items():
+        used[key] = sum(used.get(each, 0) for each in kv.keys_of(chunk))
     prompt = str(kv.engine.tokenizer.decode(tokens.tolist()))
     return [
         # One by one: texts that overlap must not take each other's place.

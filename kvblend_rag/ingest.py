@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -121,10 +120,14 @@ class Ingester:
         pieces = split_text(text, lambda part: len(self._encode(part)), self._longest, MATCHING_WINDOW)
         return [tokens for tokens in map(self._encode, pieces) if len(tokens) >= MATCHING_WINDOW]
 
+    def keys_of(self, chunk: TokenIds) -> list[str]:
+        """The keys under which a chunk is stored: behind the ingest context, and as an opening where it is one too."""
+        return [chunk_key(space, chunk) for space in self._contexts]
+
     def keys(self, text: Text) -> list[str]:
         """The keys of a text's chunks; none for a text that could not be ingested."""
         try:
-            return [chunk_key(space, chunk) for chunk in self.cut(text) for space in self._contexts]
+            return [key for chunk in self.cut(text) for key in self.keys_of(chunk)]
         except ChunkRejected:
             return []
 
@@ -161,10 +164,10 @@ class Ingester:
         for text in texts:
             piece = _Pieces()
             try:
-                for chunk, space in itertools.product(self.cut(text), self._contexts):
-                    key = chunk_key(space, chunk)
-                    tokens[key] = space, chunk
-                    piece.keys.append(key)
+                for chunk in self.cut(text):
+                    for space, key in zip(self._contexts, self.keys_of(chunk), strict=True):
+                        tokens[key] = space, chunk
+                        piece.keys.append(key)
             except ChunkRejected as error:
                 piece.reason = str(error)
             pieces.append(piece)

@@ -242,6 +242,10 @@ class KVBlend:
         ingester = self._ready_ingester()
         return [(chunk_key(ingester.namespace, chunk), chunk) for chunk in ingester.cut(text)]
 
+    def keys_of(self, chunk: TokenIds) -> list[str]:
+        """The keys under which a chunk is stored, the one of ``cut`` first; several with ``ingest_openings``."""
+        return self._ready_ingester().keys_of(chunk)
+
     def release(self, document_ids: Sequence[str]) -> int:
         """Documents no longer need their chunks; those that nobody else holds are deleted.
 

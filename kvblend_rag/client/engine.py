@@ -61,6 +61,7 @@ class HTTPEngine(Engine):
             version=told["version"],
             fingerprint=told["fingerprint"],
             context=tuple(told["context"]),
+            header=None if told["header"] is None else tuple(told["header"]),
             refusal=told["refusal"],
             architectures=tuple(told["architectures"]),
         )

@@ -145,6 +145,7 @@ class Info(BaseModel):
     version: str
     fingerprint: str
     context: list[int] = Field(description="Token ids of the ingest context.")
+    header: list[int] | None = Field(description="Token ids that openings are computed behind, if there are any.")
     refusal: str | None = Field(description="Why this model can't be blended.")
     verdict: dict[str, Any] | None = Field(description="What calibration found out, if anybody calibrated.")
     architectures: list[str]

@@ -152,6 +152,7 @@ class Service:
             version=info.version,
             fingerprint=info.fingerprint,
             context=list(info.context),
+            header=None if info.header is None else list(info.header),
             refusal=info.refusal,
             verdict=None if verdict is None else {"status": verdict.status, "reason": verdict.reason},
             architectures=list(info.architectures),

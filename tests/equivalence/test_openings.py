@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kvblend_rag.blend.chunk import chunk_key, namespace
+from kvblend_rag.document_use import which_found
 from kvblend_rag.store.layout import StoreLayout
 
 TOLERANCE = 1e-4
@@ -58,6 +59,14 @@ def test_the_budget_goes_to_the_other_chunks(rig, selector):
     (exact,) = rig.fresh([prompt], selector=selector, ratio=0.5)
     assert (exact.report.reused_tokens, exact.report.recomputed_tokens) == (120, 90)
     assert exact.difference(rig.plain(prompt)) < TOLERANCE
+
+
+def test_a_document_is_found_whichever_of_its_two_is_loaded(rig):
+    first, second = chunks(rig)
+    prompt = np.concatenate([rig.info.header, first, rig.tokens(1, 4), second, rig.tokens(40, 3)])
+    (answer,) = rig.fresh([prompt], selector="none")
+    found = which_found(rig.llm.kvblend, answer.report, [first, second], prompt)
+    assert [(use.found, use.reused, use.reason) for use in found] == [("fully", 120, None), ("fully", 90, None)]
 
 
 def test_an_adaptive_budget_that_gives_up_computes_everything(rig):
