@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from kvblend_rag.kvblend import KVBlend
 from kvblend_rag.store import Catalogue, TieredStore, open_catalogue, open_store
 
 _CAUSE = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception): .+)", re.MULTILINE)
+_KNOCK_S = 10.0
 _RAY_MISSING = "Bulk ingest needs Ray: pip install 'kvblend-rag[ray]'."
 
 
@@ -215,11 +217,19 @@ def _start(ray: Any, fleet: Fleet) -> None:
             cores = (os.cpu_count() or 1) + fleet.engines
             ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
         else:
+            _knock(fleet.address)
             ray.init(address=fleet.address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"at {fleet.address}" if fleet.address else "on this machine"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise errors.ConfigError(f"Ray {where} can't be used ({reason}): check --ray-address.") from error
+
+
+def _knock(address: str) -> None:
+    """Raise what keeps a connection from being made: Ray itself tries for minutes, and says nothing."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():  # else a name that Ray knows, as `auto`
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
 
 
 def _gpus(ray: Any, fleet: Fleet, config: BlendConfig) -> int:

@@ -65,7 +65,8 @@ class Engine:
 @pytest.mark.parametrize("kinds", [[], [PLAIN], [BLEND], [PLAIN, BLEND]], ids=["idle", "plain", "blended", "mixed"])
 def test_who_arrives_while_answers_run(traffic, kinds):
     engine = Engine()
-    gaps = bench_load._decoding(engine, traffic, 40.0, kinds, 0.3)
-    assert engine.asked == (kinds * len(engine.asked))[: len(engine.asked)]
-    assert bool(engine.asked) == bool(kinds)
+    times = [0.01, 0.05, 0.1, 0.2, 0.25]
+    gaps = bench_load._decoding(engine, traffic, times, [traffic.prompt() for _ in times], kinds, 0.3)
+    assert engine.asked == (kinds * len(times))[: len(times)]
+    assert gaps["prompts"] == len(engine.asked)
     assert 1.0 <= gaps["p50"] <= gaps["p95"] <= gaps["max"]
