@@ -155,10 +155,10 @@ class Handshake(KVConnectorHandshakeMetadata):
     ranks: int
     pace: Pace | None = None
     """How fast it computes and blends; None where nobody plans by it."""
-    header: tuple[int, ...] | None = None
-    """Token ids that chunks are computed behind a second time, as openings; None where they are not."""
     loads: tuple[TierLoad, ...] = ()
     """What reading some stored chunks took."""
+    header: tuple[int, ...] | None = None
+    """Token ids that chunks are computed behind a second time, as openings; None where they are not."""
 
 
 __all__ = [

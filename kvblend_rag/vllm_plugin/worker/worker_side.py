@@ -308,9 +308,7 @@ class WorkerSide:
             refusal = str(error).rstrip(".")
             logger.warning("kvblend does not blend: %s.", refusal)
         opening = None if header is None else tuple(header)
-        return Handshake(
-            identity, tuple(context), refusal, ranks.rank, ranks.size, pace, header=opening, loads=tuple(loads)
-        )
+        return Handshake(identity, tuple(context), refusal, ranks.rank, ranks.size, pace, tuple(loads), opening)
 
     def _rehearse(self, forward: ScatteredForward, loader: Loader, context_tokens: int, ranks: Ranks) -> Pace | None:
         """How fast this worker computes and blends, in free blocks, before the first request."""
