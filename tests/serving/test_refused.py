@@ -18,7 +18,6 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
 
 TEXT = "Ledger. " + " ".join(f"On day {day} the clerk paid {day * 7} crowns to the mill." for day in range(12))
 ASKED = f"Read.\n\n{TEXT}\n\nWhat was paid on day 9?"
-WHY = "calibration refused this model: it keeps too little"
 ARGUMENTS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1536, "kv_cache_memory_bytes": 1 << 28}
 
 

@@ -15,18 +15,19 @@ from kvblend_rag.store import Catalogue, open_catalogue
 
 
 @dataclass
-class _Shelf:
-    space: str
-    index: ChunkIndex = field(default_factory=ChunkIndex)
-    cursor: int = 0
-
-
-@dataclass
 class _Openings:
     """Chunks that were computed behind the header as well."""
 
     space: str
     keys: set[str] = field(default_factory=set)
+    cursor: int = 0
+
+
+@dataclass
+class _Shelf:
+    space: str
+    openings: _Openings | None
+    index: ChunkIndex = field(default_factory=ChunkIndex)
     cursor: int = 0
 
 
@@ -42,16 +43,16 @@ class Library:
         """Token ids of the ingest context."""
         self.header = None if header is None else as_token_ids(header)
         """Token ids of the header that openings are computed behind; None where there are none."""
-        self._openings: dict[str, _Openings] = {}
         self._min_run = config.min_run
         self._shelves: dict[str, _Shelf] = {}
         self._stale: set[str] = set()
 
     def contexts(self, tenant: str) -> dict[str, TokenIds]:
         """What a tenant's chunks are computed behind, by the namespaces of their keys."""
-        found = {self._shelf(tenant).space: self.context}
-        if self.header is not None:
-            found[self._openings[tenant].space] = self.header
+        shelf = self._shelf(tenant)
+        found = {shelf.space: self.context}
+        if shelf.openings is not None and self.header is not None:
+            found[shelf.openings.space] = self.header
         return found
 
     def match(self, tenant: str, prompt: TokenIds, openings: bool = True) -> list[Match]:
@@ -67,12 +68,12 @@ class Library:
             self._stale.update(self._shelves)
         if tenant in self._stale:
             self._follow(shelf)
-            if tenant in self._openings:
-                self._follow_openings(self._openings[tenant])
+            if shelf.openings is not None:
+                self._follow_openings(shelf.openings)
             self._stale.discard(tenant)
         runs = shelf.index.match(prompt, self._min_run)
-        if openings and runs and tenant in self._openings:
-            runs[0] = self._as_opening(runs[0], prompt, shelf, self._openings[tenant])
+        if openings and runs and shelf.openings is not None:
+            runs[0] = self._as_opening(runs[0], prompt, shelf.index, shelf.openings)
         return runs
 
     def size(self, tenant: str) -> int:
@@ -85,19 +86,21 @@ class Library:
 
     def _shelf(self, tenant: str) -> _Shelf:
         if tenant not in self._shelves:
-            self._shelves[tenant] = _Shelf(namespace(self._fingerprint, self.context, tenant))
-            if self.header is not None:
-                self._openings[tenant] = _Openings(namespace(self._fingerprint, self.header, tenant))
+            header = self.header
+            openings = None if header is None else _Openings(namespace(self._fingerprint, header, tenant))
+            self._shelves[tenant] = _Shelf(namespace(self._fingerprint, self.context, tenant), openings)
             self._stale.add(tenant)
         return self._shelves[tenant]
 
-    def _as_opening(self, run: Match, prompt: TokenIds, shelf: _Shelf, openings: _Openings) -> Match:
+    def _as_opening(self, run: Match, prompt: TokenIds, index: ChunkIndex, openings: _Openings) -> Match:
         """The run with its chunk's KV behind the header, if there is one and nothing much stands in front of it."""
         assert self.header is not None
-        key = chunk_key(openings.space, shelf.index.tokens(run.key))
-        if run.start > max(CONTEXT_TOKENS, len(self.header)) or key not in openings.keys:
-            return run
         at = len(self.header)
+        if run.start > max(CONTEXT_TOKENS, at):
+            return run
+        key = chunk_key(openings.space, index.tokens(run.key))
+        if key not in openings.keys:
+            return run
         exact = run.start == at and run.chunk_start == 0 and np.array_equal(prompt[:at], self.header)
         return replace(run, key=key, behind=at, exact=exact)
 

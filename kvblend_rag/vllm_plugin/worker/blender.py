@@ -15,7 +15,7 @@ from kvblend_rag.selectors import get_selector
 from kvblend_rag.selectors.base import Evidence, SelectionInput
 from kvblend_rag.selectors.spans import mask_to_ranges
 from kvblend_rag.store.encoded import KV
-from kvblend_rag.vllm_plugin.metadata import ANOTHER_RANK, DEVICE, BlendJob, Outcome
+from kvblend_rag.vllm_plugin.metadata import ANOTHER_RANK, DEVICE, BlendJob, Outcome, Recipe
 from kvblend_rag.vllm_plugin.worker.evidence import deviation, deviation_layer, question_attention
 from kvblend_rag.vllm_plugin.worker.forward import Row, ScatteredForward
 from kvblend_rag.vllm_plugin.worker.hot_chunks import HotChunks
@@ -203,21 +203,25 @@ class Blender:
             return [], torch.zeros_like(candidates), None
         fewer = given.among(candidates)
         chosen = self._ranks.same(selector.select(fewer))
-        adaptive = recipe.coverage < 1 and recipe.full_share < 1
+        left = selector.uncovered(fewer, chosen)
         # Where covering takes too much, what is exact is computed with the rest: a full prefill, as the report says.
-        everything = adaptive and bool(chosen.all())
+        everything = _may_give_up(recipe, left) and bool(chosen.all())
         mask = torch.ones_like(candidates) if everything else candidates.masked_scatter(candidates, chosen)
-        return mask_to_ranges(given.positions, mask), mask, selector.uncovered(fewer, chosen)
+        return mask_to_ranges(given.positions, mask), mask, left
 
     def _compute(self, job: BlendJob, ranges: Iterable[tuple[int, int]]) -> None:
         rows = [Row(job.token_ids, job.block_ids, start, stop) for start, stop in ranges if start < stop]
         self._forward.run(rows, around=self._taps)
 
 
+def _may_give_up(recipe: Recipe, left: float | None) -> bool:
+    """Whether there is a score to be covered, and a limit to what that may take."""
+    return left is not None and recipe.coverage < 1 and recipe.full_share < 1
+
+
 def _gave_up(job: BlendJob, recomputed: list[tuple[int, int]], left: float | None) -> bool:
     """Whether an adaptive budget found the score too spread out, and recomputed everything."""
-    adaptive = left is not None and job.recipe.coverage < 1 and job.recipe.full_share < 1
-    return adaptive and sum(stop - start for start, stop in recomputed) == job.plan.reused_tokens
+    return _may_give_up(job.recipe, left) and sum(stop - start for start, stop in recomputed) == job.plan.reused_tokens
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

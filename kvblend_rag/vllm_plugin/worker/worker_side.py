@@ -259,7 +259,7 @@ class WorkerSide:
 
     def _survey(self) -> Handshake:
         refusal, identity, context = None, "", []
-        header: list[int] | None = None
+        header: tuple[int, ...] | None = None
         pace: Pace | None = None
         loads: list[TierLoad] = []
         ranks = Ranks()
@@ -281,12 +281,13 @@ class WorkerSide:
             check_shift(layers, self._paged, forward, self._vllm_config)
             identity = fingerprint(self._vllm_config)
             kind = preferred_context(self._config, identity)
-            if kind != "none":
+            openings = self._config.ingest_openings and kind != "header"
+            if kind != "none" or openings:
                 tokenizer = cached_tokenizer_from_config(self._vllm_config.model_config)
                 documents = own_documents(self._config.ingest_documents)
                 context = ingest_context(kind, tokenizer, self._config.system_prompt, documents)
-                if self._config.ingest_openings and kind != "header":
-                    header = ingest_context("header", tokenizer, self._config.system_prompt)
+                if openings:
+                    header = tuple(ingest_context("header", tokenizer, self._config.system_prompt))
             shard = (ranks.rank, ranks.size)
             pin, decoding = self._paged.device.type == "cuda", self._paged.caches is None
             self._store = open_store(self._config, shard, pin=pin, decoding=decoding)
@@ -307,8 +308,7 @@ class WorkerSide:
         except (Refused, ValueError, KVBlendError) as error:
             refusal = str(error).rstrip(".")
             logger.warning("kvblend does not blend: %s.", refusal)
-        opening = None if header is None else tuple(header)
-        return Handshake(identity, tuple(context), refusal, ranks.rank, ranks.size, pace, tuple(loads), opening)
+        return Handshake(identity, tuple(context), refusal, ranks.rank, ranks.size, pace, tuple(loads), header)
 
     def _rehearse(self, forward: ScatteredForward, loader: Loader, context_tokens: int, ranks: Ranks) -> Pace | None:
         """How fast this worker computes and blends, in free blocks, before the first request."""
