@@ -28,6 +28,7 @@ _REQUEST_OPTIONS = {
     "selector": "selector",
     "ratio": "recompute_ratio",
     "span": "span_size",
+    "layers": "score_layers",
     "coverage": "coverage",
     "full_prefill_share": "full_prefill_share",
     "max_risk": "max_risk",
@@ -38,6 +39,7 @@ _REQUEST_OPTIONS = {
 """A request's options, and the settings they stand for."""
 
 IngestContextKind = Literal["none", "bos", "header", "document", "long"]
+ScoreLayers = Literal["later", "all", "upper", "middle"]
 
 
 def _cache_home() -> str:
@@ -128,6 +130,10 @@ class BlendConfig:
     span_size: int = 16
     """Tokens are recomputed in spans of this length."""
 
+    score_layers: ScoreLayers = "later"
+    """The layers whose attention the ``question`` selector goes by: the last two thirds, all, the upper half or the
+    middle third."""
+
     min_run: int = 16
     """A shorter run of chunk tokens in a prompt is computed, not reused."""
 
@@ -180,8 +186,8 @@ class BlendConfig:
 
         Args:
             options: ``blend`` (false: an ordinary prefill), ``exact`` (true: everything is recomputed, as with
-                ``selector: everything``), ``selector``, ``ratio``, ``span``, ``coverage``, ``full_prefill_share``,
-                ``max_risk``, ``on_risk``, ``planner``, ``tenant``.
+                ``selector: everything``), ``selector``, ``ratio``, ``span``, ``layers``, ``coverage``,
+                ``full_prefill_share``, ``max_risk``, ``on_risk``, ``planner``, ``tenant``.
 
         Raises:
             ConfigError: an unknown option, or a value that can't be used.
@@ -248,6 +254,11 @@ class BlendConfig:
         return checked
 
 
+def as_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as the options of a request, those that it has no option for left out."""
+    return {option: settings[name] for option, name in _REQUEST_OPTIONS.items() if name in settings}
+
+
 @cache
 def _hints() -> dict[str, Any]:
     """Types by setting; resolving them takes 0.4 ms, and every request's options are checked by them."""
@@ -304,4 +315,4 @@ def _as_type(name: str, value: Any, kind: Any, where: str) -> Any:
     return value
 
 
-__all__ = ["CONFIG_FILE_VARIABLE", "BlendConfig", "IngestContextKind"]
+__all__ = ["CONFIG_FILE_VARIABLE", "BlendConfig", "IngestContextKind", "ScoreLayers", "as_options"]

@@ -127,6 +127,8 @@ class Pace:
     """Of the layers: what computed tokens go through once more where the question chooses."""
     deviation_share: float = 1.0
     """Of the layers: what all tokens go through where deviation chooses."""
+    middle_share: float = 1.0
+    """As ``question_share``, where the middle layers alone are looked at: every other choice goes up to the last."""
 
 
 @dataclass(frozen=True)

@@ -84,11 +84,11 @@ def run(
         "questions": _kinds(asked),
         "contexts": {},
     }
-    verdicts = []
+    verdicts, limits = [], Limits(loss=max_loss)
     for kind in contexts:
-        measured, rows, facts = _measured(config, kind, asked, arms or (*BUDGETS, *ADAPTIVE), verbose=engine.verbose)
+        ways = arms or (*BUDGETS, *ADAPTIVE)
+        measured, rows, facts = _measured(config, kind, asked, ways, limits, verbose=engine.verbose)
         risk = fit_risk([each.signals for each in rows], [each.differs for each in rows])
-        limits = Limits(loss=max_loss)
         verdict = judge(measured, limits, risk)
         path = write_verdict(verdict, config.store_path)
         verdicts.append(verdict)
@@ -135,7 +135,7 @@ def _questions(docs: str | None, questions: str | None, count: int) -> list[Ques
 
 
 def _measured(
-    config: BlendConfig, kind: str, questions: Sequence[Question], arms: Sequence[str], *, verbose: bool
+    config: BlendConfig, kind: str, questions: Sequence[Question], arms: Sequence[str], limits: Limits, *, verbose: bool
 ) -> tuple[Measurement, list[Judged], dict[str, Any]]:
     from kvblend_rag.demo.prompt import SYSTEM_PROMPT
 
@@ -151,7 +151,7 @@ def _measured(
             render = renderer(engine, config.system_prompt or SYSTEM_PROMPT)
             asked = prepare(engine, questions, render)
             facts = engine_facts(engine.info, bool(config.engine_args.get("enforce_eager")))
-            measured, rows = measure(llm.kvblend, asked, render, arms=arms, facts=facts)
+            measured, rows = measure(llm.kvblend, asked, render, arms=arms, limits=limits, facts=facts)
             return measured, rows, facts
 
 
@@ -183,7 +183,7 @@ def _table(measured: Measurement, verdict: Verdict) -> Table:
         table.add_column(name, justify="right" if name else "left")
     if not measured.questions:
         return table
-    for cell in measured.cells:
+    for cell in (*measured.cells, *measured.variations):
         mark = " ←" if verdict.accepted and dict(cell.settings) == verdict.settings else ""
         same = sum(cell.same) / len(cell.same)
         table.add_row(
@@ -201,8 +201,15 @@ def _name(cell: Cell) -> str:
     settings = cell.settings
     if settings["selector"] == "none":
         return "reuse alone"
-    budget = f"{settings['selector']}, {settings['recompute_ratio']:.0%}"
-    return budget if settings["coverage"] >= 1 else f"{budget} at most, covering {settings['coverage']:.0%}"
+    name = f"{settings['selector']}, {settings['recompute_ratio']:.0%}"
+    if settings["coverage"] < 1:
+        name += f" at most, covering {settings['coverage']:.0%}"
+    plain = BlendConfig()
+    if settings["span_size"] != plain.span_size:
+        name += f", spans of {settings['span_size']}"
+    if settings["score_layers"] != plain.score_layers:
+        name += f", layers: {settings['score_layers']}"
+    return name
 
 
 def _interval(values: Sequence[float]) -> str:

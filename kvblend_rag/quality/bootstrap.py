@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 DRAWS = 4000
-_LEVEL = 0.95
+LEVEL = 0.95
 Values = npt.NDArray[np.float64]
 
 
@@ -27,14 +27,15 @@ class Interval:
         return [round(each, 5) for each in (self.value, self.low, self.high)]
 
 
-def mean(values: Values, *, seed: int = 0) -> Interval:
+def mean(values: Values, *, seed: int = 0, level: float = LEVEL) -> Interval:
     """The mean over questions.
 
     Args:
         values: shape (questions,).
         seed: the same one draws the same resamples, of equally many questions.
+        level: of the interval.
     """
-    return _interval(values[:, None], lambda means: means[..., 0], seed)
+    return _interval(values[:, None], lambda means: means[..., 0], seed, level)
 
 
 def ratio(values: Values, reference: Values, *, seed: int = 0) -> Interval:
@@ -59,14 +60,14 @@ def _weights(questions: int, seed: int) -> Values:
     return np.bincount(drawn.ravel(), minlength=DRAWS * questions).reshape(DRAWS, questions) / questions
 
 
-def _interval(values: Values, statistic: Callable[[Values], Values], seed: int) -> Interval:
+def _interval(values: Values, statistic: Callable[[Values], Values], seed: int, level: float = LEVEL) -> Interval:
     if not len(values):
         return Interval(float("nan"), float("nan"), float("nan"))
-    tail = (1 - _LEVEL) / 2
+    tail = (1 - level) / 2
     several = statistic(_weights(len(values), seed) @ values)
     known = several[~np.isnan(several)]
     low, high = np.quantile(known, [tail, 1 - tail]) if len(known) else (np.nan, np.nan)
     return Interval(float(statistic(values.mean(axis=0)[None])[0]), float(low), float(high))
 
 
-__all__ = ["DRAWS", "Interval", "Values", "mean", "ratio"]
+__all__ = ["DRAWS", "LEVEL", "Interval", "Values", "mean", "ratio"]

@@ -41,7 +41,10 @@ def save_plot(measured: Measurement, verdict: Verdict, target: Path) -> Path | N
                 shares, values, low, high = np.array(points).T
                 bars = np.maximum([values - low, high - values], 0)
                 axes.errorbar(shares, values, yerr=bars, marker="o", markersize=4, capsize=2, linewidth=1, label=line)
-        for cell in measured.cells:
+        others = [(cell.share, _interval(cell, name)[0]) for cell in measured.variations]
+        if others:
+            axes.plot(*np.array(others).T, "x", markersize=6, label="other spans or layers")
+        for cell in (*measured.cells, *measured.variations):
             if verdict.accepted and dict(cell.settings) == verdict.settings:
                 axes.plot(cell.share, _interval(cell, name)[0], "o", markersize=12, fillstyle="none", color="black")
         axes.set_xlabel("share of chunk tokens recomputed")

@@ -27,6 +27,12 @@ _MOVED_FACTOR = 2.0
 _LEAST_KL = {"float32": 1e-4}
 _COARSE_KL = 0.02
 """KL floor in bfloat16 and float16: measured 0.0005 to 0.003 for two prefills of different batches."""
+_MISTAKEN = 0.01
+"""How often a variation may be taken for better that is not, all that were tried together."""
+_AS_GOOD = 0.05
+"""Share of the default's KL by which a cheaper variation may be worse, at the far end of the interval."""
+_AS_DEAR = 0.01
+"""Share of the chunk tokens that a variation may recompute beyond what the default does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +65,11 @@ def judge(measured: Measurement, limits: Limits | None = None, risk: RiskModel =
     fault = _fault(measured, limits)
     if fault is not None:
         return _verdict(measured, risk, "refused", fault)
-    cell = cheapest(measured, limits)
+    budget = promising(measured, limits)
+    cell = None if budget is None else variation(measured, budget, limits)
+    instead = None if budget is None or cell is None else _instead(cell, budget)
+    if cell is None:
+        cell = cheapest(measured, limits)
     if cell is None:
         hopeful = [each for each in measured.cells if each.share <= limits.share and _may_pass(each, measured, limits)]
         if hopeful:
@@ -69,7 +79,7 @@ def judge(measured: Measurement, limits: Limits | None = None, risk: RiskModel =
     reason = (
         f"with {cell.share:.0%} of the chunk tokens recomputed the gold answer loses {loss:.3f} nats a token "
         f"({low:.3f} to {high:.3f}), {np.mean(cell.same):.0%} of the answers are the full prefill's, and "
-        f"{kept(cell, measured):.0%} of what the documents tell is kept"
+        f"{kept(cell, measured):.0%} of what the documents tell is kept" + (f"; {instead}" if instead else "")
     )
     return _verdict(measured, risk, "accepted", reason, cell)
 
@@ -90,6 +100,50 @@ def cheapest(measured: Measurement, limits: Limits) -> Cell | None:
         if cell.share <= limits.share and all(_passes(each, measured, limits) for each in [cell, *larger]):
             passing.append(cell)
     return min(passing, key=lambda cell: cell.share, default=None)
+
+
+def promising(measured: Measurement, limits: Limits) -> Cell | None:
+    """The budget at which it pays to try other spans and layers: the cheapest that passes, or what comes nearest.
+
+    None where there is a fault, or no budget small enough to be accepted.
+    """
+    if _fault(measured, limits) is not None:
+        return None
+    fitting = [cell for cell in measured.cells if 0 < cell.share <= limits.share]  # reuse alone chooses nothing
+    return cheapest(measured, limits) or min(fitting, key=lambda cell: _mean(cell.kl), default=None)
+
+
+def variation(measured: Measurement, budget: Cell, limits: Limits) -> Cell | None:
+    """The best of a budget's variations that passes and is better than it, or as good and cheaper; None: it stays.
+
+    Better is a paired interval of KL below zero, wide enough for the best of so many tried ways.
+    Cheaper counts only where the budget itself is accepted.
+    """
+    accepted, found = cheapest(measured, limits) is not None, []
+    for cell in measured.variations:
+        if not _passes(cell, measured, limits) or cell.share > budget.share + _AS_DEAR:
+            continue
+        change = _change(cell, budget, 1 - _MISTAKEN / len(measured.variations))
+        if change.high < (_AS_GOOD * _mean(budget.kl) if accepted and _is_cheaper(cell, budget) else 0.0):
+            found.append(cell)
+    return min(found, key=lambda cell: _mean(cell.kl), default=None)
+
+
+def _change(cell: Cell, budget: Cell, level: float = bootstrap.LEVEL) -> bootstrap.Interval:
+    """By how much a variation's KL differs from its budget's, question by question."""
+    return bootstrap.mean(np.subtract(cell.kl, budget.kl), level=level)
+
+
+def _is_cheaper(cell: Cell, budget: Cell) -> bool:
+    """Longer spans are fewer rows, and a scoring pass that looks at the middle layers ends behind them."""
+    longer = bool(cell.settings["span_size"] > budget.settings["span_size"])
+    return longer or cell.settings["score_layers"] == "middle" != budget.settings["score_layers"]
+
+
+def _instead(cell: Cell, budget: Cell) -> str:
+    other = [f"{name}: {value}" for name, value in cell.settings.items() if budget.settings[name] != value]
+    value, low, high = _change(cell, budget).to_list()
+    return f"{', '.join(other)} changes KL by {value:+.3f} nats ({low:+.3f} to {high:+.3f})"
 
 
 def _kind(cell: Cell) -> tuple[Any, ...]:
@@ -190,4 +244,4 @@ def _verdict(measured: Measurement, risk: RiskModel, status: Any, reason: str, c
     )
 
 
-__all__ = ["Limits", "cheapest", "judge", "kept"]
+__all__ = ["Limits", "cheapest", "judge", "kept", "promising", "variation"]

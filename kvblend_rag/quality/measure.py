@@ -9,20 +9,28 @@ from typing import Any
 
 from kvblend_rag.blend.chunk import TokenIds, model_of, namespace
 from kvblend_rag.calibration.risk import Signals
-from kvblend_rag.config import BlendConfig
+from kvblend_rag.calibration.verdict import SETTINGS
+from kvblend_rag.config import BlendConfig, ScoreLayers, as_options
 from kvblend_rag.errors import ChunkRejected
 from kvblend_rag.kvblend import KVBlend
 from kvblend_rag.quality.arms import PLAIN, Arm, parse_arm
+from kvblend_rag.quality.judge import Limits, promising
 from kvblend_rag.quality.measurement import Cell, Deviation, Identity, Measurement
 from kvblend_rag.quality.observe import Asked, Observation, Observations, observe
 from kvblend_rag.quality.questions import Question
 from kvblend_rag.quality.score import Sample, score
+from kvblend_rag.selectors import get_selector
+from kvblend_rag.selectors.base import Evidence
 
 BUDGETS = ("reuse", "question:0.1", "question:0.2", "question:0.35", "question:0.5")
 """Fixed budgets that are measured."""
 
 ADAPTIVE = ("question:0.5:coverage=0.5", "question:0.5:coverage=0.75")
 """Adaptive budgets that are measured, at most half of the chunk tokens."""
+
+SPANS = (16, 64)
+LAYERS: tuple[ScoreLayers, ...] = ("later", "all", "upper", "middle")
+"""What is tried at the most promising budget, one at a time."""
 
 _AGAIN, _EXACT = "plain again", "everything"
 _AUDITED = 8
@@ -42,17 +50,21 @@ def measure(
     render: Callable[[Question], list[int]],
     *,
     arms: Sequence[str] = (*BUDGETS, *ADAPTIVE),
+    limits: Limits | None = None,
     batch: int = 16,
     facts: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> tuple[Measurement, list[Judged]]:
     """Audit the store, then ask every question in full, again in full, without its documents, and in every way.
 
+    The most promising way is then tried with other spans and other layers.
+
     Args:
         kvblend: on an idle engine that was started with ``forcing.engine_arguments()`` and heeds no verdict.
         asked: the questions, as ``prepare`` makes them.
         render: makes prompts, as for ``prepare``.
         arms: the ways of blending, as ``arms.parse_arm`` reads them.
+        limits: what will be accepted.
         batch: questions whose documents are stored at a time.
         facts: machine, versions, command; JSON-able.
         progress: show a progress bar.
@@ -82,7 +94,11 @@ def measure(
         cells=tuple(_cell(arm, kvblend.config, questions, observed) for arm in ways),
         facts=dict(facts or {}),
     )
-    return measurement, _judged(ways, questions, observed)
+    best = promising(measurement, limits or Limits())
+    varied = [] if best is None else _variations(best)
+    observed |= observe(kvblend, asked, varied, batch=batch, progress=progress) if varied else {}
+    tried = tuple(_cell(arm, kvblend.config, questions, observed) for arm in varied)
+    return dataclasses.replace(measurement, variations=tried), _judged(ways, questions, observed)
 
 
 def audit(kvblend: KVBlend, documents: Sequence[str | TokenIds]) -> Deviation:
@@ -145,18 +161,24 @@ def _identity(kvblend: KVBlend) -> Identity:
     )
 
 
+def _variations(best: Cell) -> list[Arm]:
+    """The same way with another span, and with other layers where it goes by the question's attention."""
+    own = dict(best.settings)
+    selector = get_selector(own["selector"])
+    if selector.share is not None:
+        return []  # nothing is chosen
+    asks = Evidence.QUESTION_ATTENTION in selector.needs
+    others: list[dict[str, Any]] = [{"span_size": span} for span in SPANS if span != own["span_size"]]
+    others += [{"score_layers": layers} for layers in LAYERS if asks and layers != own["score_layers"]]
+    return [Arm(f"varied {number}", as_options({**own, **each})) for number, each in enumerate(others)]
+
+
 def _cell(arm: Arm, config: BlendConfig, questions: Sequence[Question], observed: Observations) -> Cell:
     own = config.for_request(arm.options)
     plain = [score(*each) for each in zip(questions, observed[PLAIN], observed[PLAIN], strict=True)]
     samples: list[Sample] = [score(*each) for each in zip(questions, observed[arm.name], observed[PLAIN], strict=True)]
     return Cell(
-        settings={
-            "selector": own.selector,
-            "recompute_ratio": own.recompute_ratio,
-            "coverage": own.coverage,
-            "full_prefill_share": own.full_prefill_share,
-            "span_size": own.span_size,
-        },
+        settings={name: getattr(own, name) for name in SETTINGS},
         recomputed=tuple(each.recomputed for each in samples),
         kl=tuple(each.kl for each in samples),
         loss=tuple(each.nll - full.nll for each, full in zip(samples, plain, strict=True)),
@@ -174,4 +196,4 @@ def _judged(ways: Sequence[Arm], questions: Sequence[Question], observed: Observ
     return rows
 
 
-__all__ = ["ADAPTIVE", "BUDGETS", "Judged", "audit", "compare", "measure"]
+__all__ = ["ADAPTIVE", "BUDGETS", "LAYERS", "SPANS", "Judged", "audit", "compare", "measure"]

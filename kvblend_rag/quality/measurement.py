@@ -74,6 +74,8 @@ class Measurement:
     """KL of a full prefill and the question without its documents: what there is to lose."""
     cells: tuple[Cell, ...]
     """Reuse alone and every budget."""
+    variations: tuple[Cell, ...] = ()
+    """The most promising of these with other spans, and with other layers."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Machine, versions, command; JSON-able."""
 

@@ -59,7 +59,7 @@ class SelectionInput:
     """Share of the reused tokens beyond which covering that much is not worth it: everything is recomputed."""
 
     question_mass: torch.Tensor | None = None
-    """float32: attention from all question tokens, mean over heads and the last two thirds of the layers."""
+    """float32: attention from all question tokens, mean over heads and the layers looked at."""
 
     last_mass: torch.Tensor | None = None
     """float32: the same from the last prompt token alone."""

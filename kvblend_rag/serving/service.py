@@ -32,6 +32,7 @@ _TOLD = (
     "selector",
     "recompute_ratio",
     "span_size",
+    "score_layers",
     "coverage",
     "full_prefill_share",
     "enable_blending",

@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvblend_rag.blend.chunk import TokenIds
 from kvblend_rag.blend.cost import Pace
 from kvblend_rag.blend.plan import BlendPlan
+from kvblend_rag.config import ScoreLayers
 from kvblend_rag.report import TierLoad
 
 DEVICE = "device"
@@ -39,6 +40,7 @@ class Recipe:
     span: int
     coverage: float = 1.0
     full_share: float = 1.0
+    layers: ScoreLayers = "later"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a request asks of kvblend, in ``kv_transfer_params["kvblend"]``; the same over HTTP.
 
 blend        false for an ordinary prefill
-selector, ratio, span, coverage, full_prefill_share    how recomputed tokens are chosen, and how many
+selector, ratio, span, layers, coverage, full_prefill_share    how recomputed tokens are chosen, and how many
 planner      false: load every chunk that is found, be it slower than computing it
 tenant       whose chunks may be used; vLLM's own cache_salt means the same
 ingest       {key, namespace, start}: save the KV of the prompt from ``start`` on
@@ -67,7 +67,14 @@ def read_wish(request: Request, config: BlendConfig) -> Wish:
 
 def recipe_of(config: BlendConfig) -> Recipe:
     """How recomputed tokens are chosen, as these settings say."""
-    return Recipe(config.selector, config.recompute_ratio, config.span_size, config.coverage, config.full_prefill_share)
+    return Recipe(
+        config.selector,
+        config.recompute_ratio,
+        config.span_size,
+        config.coverage,
+        config.full_prefill_share,
+        config.score_layers,
+    )
 
 
 def _owner(tenant: str, salt: str | None) -> str:

@@ -81,6 +81,16 @@ def test_its_settings_are_defaults_and_no_more(config):
     assert (own.selector, own.recompute_ratio, own.coverage) == ("deviation", 0.4, 0.7)
 
 
+def test_a_verdict_from_before_the_layers_were_a_setting_leaves_them(config):
+    assert "score_layers" not in ACCEPTED.settings
+    write_verdict(ACCEPTED, config.store_path)
+    (old,) = read_verdicts(config.store_path, "abc")
+    assert old.applied_to(config).score_layers == "later"
+    newer = dataclasses.replace(ACCEPTED, settings={**ACCEPTED.settings, "score_layers": "upper"})
+    write_verdict(newer, config.store_path)
+    assert read_verdicts(config.store_path, "abc")[0].applied_to(config).score_layers == "upper"
+
+
 def test_the_context_is_the_best_accepted_ones(config):
     assert preferred_context(config, "abc") == "long"
     write_verdict(ACCEPTED, config.store_path)

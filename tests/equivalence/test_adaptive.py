@@ -50,3 +50,19 @@ def test_selectors_without_a_score_take_no_notice(rig, prompt):
         (answer,) = rig.fresh([prompt], count=1, selector=selector, coverage=0.5, full_prefill_share=0.1)
         assert answer.report.blended
         assert answer.report.uncovered_mass is None
+
+
+def test_the_layers_that_are_looked_at_decide_what_is_recomputed(rig, prompt):
+    spans, scored = {}, set()
+    for layers in ("later", "all", "upper", "middle"):
+        (answer,) = rig.fresh([prompt], count=1, selector="question", ratio=0.3, span=4, layers=layers)
+        spans[layers] = answer.report.recomputed_spans
+        scored.add(answer.report.scored_tokens)
+    assert len(set(spans.values())) > 1
+    assert len(scored) == 1
+    (again,) = rig.fresh([prompt], count=1, selector="question", ratio=0.3, span=4)
+    assert again.report.recomputed_spans == spans["later"]
+    # what is blended otherwise does not meet the same blend in the prefix cache
+    (other,) = rig.ask([prompt], count=1, selector="question", ratio=0.3, span=4, layers="all")
+    assert other.report.blended
+    assert other.report.recomputed_spans == spans["all"]

@@ -7,17 +7,20 @@ import pytest
 
 from kvblend_rag.calibration.verdict import Verdict
 from kvblend_rag.config import BlendConfig
-from kvblend_rag.quality.judge import Limits, judge
+from kvblend_rag.quality.judge import Limits, judge, promising
 from kvblend_rag.quality.measurement import Cell, Deviation, Identity, Measurement
 
 QUESTIONS = 40
+
+
+DEFAULTS = {"coverage": 1.0, "span_size": 16, "score_layers": "later"}
 
 
 def cell(share, loss, kl, seed=0, **settings):
     draw = np.random.default_rng(seed)
     around = lambda mean: tuple(mean + 0.02 * draw.standard_normal(QUESTIONS))  # noqa: E731
     return Cell(
-        settings={"selector": "question" if share else "none", "recompute_ratio": share, "coverage": 1.0, **settings},
+        settings={"selector": "question" if share else "none", "recompute_ratio": share, **DEFAULTS, **settings},
         recomputed=(share,) * QUESTIONS,
         kl=around(kl),
         loss=around(loss),
@@ -125,6 +128,78 @@ def test_too_dear_a_budget_is_not_chosen():
     dear = (cell(0.2, 0.3, 0.7), cell(0.5, 0.02, 0.1))
     assert judge(measured(cells=dear)).accepted
     assert not judge(measured(cells=dear), Limits(share=0.3)).accepted
+
+
+VARIED = ({"span_size": 64}, {"score_layers": "all"}, {"score_layers": "upper"}, {"score_layers": "middle"})
+
+
+def varied(seed, noise=0.05, **better):
+    """The sound model, its budget of a fifth tried in other ways whose KL differs by chance, or by what is given."""
+    whole = measured(seed=10 * seed)
+    (budget,) = (each for each in whole.cells if each.settings["recompute_ratio"] == 0.2)
+    draw = np.random.default_rng(seed)
+    tried = []
+    for settings in VARIED:
+        (value,) = settings.values()
+        change = better.get(f"{value}" if isinstance(value, str) else f"span_{value}", 0.0)
+        kl = np.array(budget.kl) + change + noise * draw.standard_normal(QUESTIONS)
+        tried.append(dataclasses.replace(budget, settings={**budget.settings, **settings}, kl=tuple(kl)))
+    return dataclasses.replace(whole, variations=tuple(tried))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_variation_is_picked_for_its_noise(seed):
+    """As noisy as single questions are: none of those that cost the same is better, and the cheaper ones are worse."""
+    for noise in (0.05, 0.2):
+        tried = varied(seed, noise=noise, span_64=0.05, middle=0.05)
+        assert judge(tried).settings == judge(measured(seed=10 * seed)).settings
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    ("better", "picked"),
+    [
+        ({"upper": -0.05, "span_64": -0.02}, {"score_layers": "upper"}),
+        ({"span_64": -0.05, "all": -0.02, "middle": 0.1}, {"span_size": 64}),
+    ],
+)
+def test_a_variation_that_is_really_better_is_picked(seed, better, picked):
+    verdict = judge(varied(seed, **better))
+    assert verdict.settings == {"selector": "question", "recompute_ratio": 0.2, **DEFAULTS, **picked}
+    assert "changes KL by -0.0" in verdict.reason
+    BlendConfig().replace(**verdict.settings)
+
+
+def test_of_equals_the_cheaper_is_picked_and_of_worse_none():
+    for name, picked in (("span_64", {"span_size": 64}), ("middle", {"score_layers": "middle"})):
+        others = dict.fromkeys({"span_64", "all", "upper", "middle"} - {name}, 0.1)
+        assert (
+            judge(varied(0, noise=1e-4, **others)).settings | picked == judge(varied(0, noise=1e-4, **others)).settings
+        )
+    dearer = {"span_64": 0.1, "middle": 0.1, "all": -1e-5, "upper": 1e-5}
+    assert judge(varied(0, noise=1e-4, **dearer)).settings["score_layers"] == "later"
+
+
+def test_a_variation_must_pass_itself_and_recompute_no_more():
+    better = varied(0, upper=-0.1)
+    for changes in ({"loss": (0.3,) * QUESTIONS}, {"recomputed": (0.3,) * QUESTIONS}):
+        tried = tuple(dataclasses.replace(each, **changes) for each in better.variations)
+        assert judge(dataclasses.replace(better, variations=tried)).settings["score_layers"] == "later"
+
+
+def test_where_no_budget_passes_a_better_variation_may():
+    limits = Limits(loss=-0.01)
+    lost = varied(0, upper=-0.1, middle=-0.001)
+    gained = tuple(dataclasses.replace(each, loss=(-0.05,) * QUESTIONS) for each in lost.variations)
+    assert not judge(lost, limits).accepted
+    (nearest,) = (each for each in lost.cells if each.settings["recompute_ratio"] == 0.5)
+    assert promising(lost, limits) == nearest
+    verdict = judge(dataclasses.replace(lost, cells=lost.cells[:3], variations=gained), limits)
+    assert verdict.settings["score_layers"] == "upper"
+
+
+def test_with_a_fault_nothing_is_worth_trying():
+    assert promising(measured(exact_kl=(0.05,) * QUESTIONS), Limits()) is None
 
 
 def test_without_questions_there_is_no_acceptance():

@@ -48,6 +48,12 @@ def test_a_request_changes_what_it_names(config):
     assert (wish.recipe.selector, wish.recipe.ratio, wish.recipe.span, wish.tenant) == ("question", 1.0, 8, "b")
 
 
+def test_the_layers_are_the_engines_or_the_requests(config):
+    assert read_wish(request(), config).recipe.layers == "later"
+    assert read_wish(request(), config.replace(score_layers="all")).recipe.layers == "all"
+    assert read_wish(request({"layers": "middle"}), config).recipe.layers == "middle"
+
+
 def test_ingest_is_read(config):
     wish = read_wish(request({"ingest": {"key": "k", "namespace": "n", "start": 256}}), config)
     assert wish.ingest == Ingest("k", "n", 256)
@@ -65,6 +71,7 @@ def test_ingest_is_read(config):
         {"ratio": float("nan")},
         {"ratio": "0.1"},
         {"span": 0},
+        {"layers": "lower"},
         {"blend": "no"},
         {"tenant": None},
         {"tenant": ["a"]},

@@ -373,6 +373,7 @@ _NAMES = st.sampled_from(
         "selector",
         "ratio",
         "span",
+        "layers",
         "coverage",
         "full_prefill_share",
         "max_risk",

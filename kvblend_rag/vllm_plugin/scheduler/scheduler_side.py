@@ -495,6 +495,7 @@ def _digest(plan: BlendPlan, recipe: Recipe) -> str:
         sees_question=Evidence.QUESTION_ATTENTION in get_selector(recipe.selector).needs,
         coverage=recipe.coverage,
         full_share=recipe.full_share,
+        layers=recipe.layers,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from kvblend_rag.config import ScoreLayers
 from kvblend_rag.kernels.paged_caches import launches
 from kvblend_rag.selectors.base import Evidence
 from kvblend_rag.vllm_plugin.metadata import BlendJob
@@ -22,10 +23,12 @@ _DEVIATION_LAYER = 1
 """The first layer whose KV depends on what the chunks see of each other (CacheBlend, arXiv 2405.16444)."""
 
 
-def later_layers(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
-    """The last two thirds of those that see all, whose attention tells best what a question needs (docs/quality.md)."""
+def scored_layers(layers: Sequence[AttentionLayer], choice: ScoreLayers) -> list[AttentionLayer]:
+    """Those of the layers that see all whose attention tells what a question needs, at least one."""
     far_sighted = [layer for layer in layers if layer.sees_all] or list(layers)
-    return far_sighted[len(far_sighted) // 3 :]
+    count = len(far_sighted)
+    first = {"later": count // 3, "all": 0, "upper": count // 2, "middle": count // 3}[choice]
+    return far_sighted[first : max(count - count // 3, 1) if choice == "middle" else count]
 
 
 def question_attention(
@@ -43,7 +46,7 @@ def question_attention(
     Returns:
         The evidence, float32, shape (reused tokens,), and the number of tokens passed.
     """
-    plan, layers = job.plan, later_layers(paged.layers)
+    plan, layers = job.plan, scored_layers(paged.layers, job.recipe.layers)
     taps = Taps([layer.name for layer in paged.layers], loader.wait, see={layer.name for layer in layers})
     rows = [Row(job.token_ids, job.block_ids, start, stop) for start, stop in plan.computed_ranges()]
     positions = forward.run(rows, around=taps)
@@ -161,10 +164,13 @@ def deviation_layer(paged: PagedKV) -> AttentionLayer:
     return paged.layers[min(_DEVIATION_LAYER, len(paged.layers) - 1)]
 
 
-def shares(paged: PagedKV) -> dict[Evidence, float]:
+def shares(paged: PagedKV, layers: ScoreLayers = "later") -> dict[Evidence, float]:
     """Of the layers, the share that gathering each kind of evidence goes through."""
-    seen = {Evidence.QUESTION_ATTENTION: later_layers(paged.layers)[-1], Evidence.DEVIATION: deviation_layer(paged)}
+    seen = {
+        Evidence.QUESTION_ATTENTION: scored_layers(paged.layers, layers)[-1],
+        Evidence.DEVIATION: deviation_layer(paged),
+    }
     return {kind: (paged.layers.index(last) + 1) / len(paged.layers) for kind, last in seen.items()}
 
 
-__all__ = ["deviation", "deviation_layer", "later_layers", "question_attention", "shares"]
+__all__ = ["deviation", "deviation_layer", "question_attention", "scored_layers", "shares"]

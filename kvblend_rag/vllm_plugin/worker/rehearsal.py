@@ -141,6 +141,7 @@ class Rehearsal:
             token_bytes=self._shelf.token_bytes(),
             question_share=share[Evidence.QUESTION_ATTENTION],
             deviation_share=share[Evidence.DEVIATION],
+            middle_share=shares(self._paged, "middle")[Evidence.QUESTION_ATTENTION],
         )
         effort = effort_of(recipe, pace)
         over = []
