@@ -242,17 +242,42 @@ def test_eval_of_what_can_not_be_asked(kvblend, shared_engine, questions, tmp_pa
     assert "fewer --chunks" in ran.stderr
 
 
-def test_calibrate(kvblend, shared_engine, tmp_path):
-    file, store = tmp_path / "calibrate.json", Path(shared_engine.kvblend.config.store_path)
-    ran = kvblend(
-        *("calibrate", "--count", 3, "--contexts", "long", "--json", file),
-        *("--arms", "reuse", "question:0.2", "question:0.5:coverage=0.5"),
+@pytest.mark.parametrize(
+    ("given", "kinds"),
+    [
+        pytest.param(None, {"cloze": 1, "lookup": 1, "two_chunk": 1}, id="made from Fennick's documents"),
+        pytest.param("--docs", {"cloze": 1, "lookup": 1, "two_chunk": 1}, id="--docs", marks=pytest.mark.full),
+        pytest.param("--questions", {"question": 3}, id="--questions", marks=pytest.mark.full),
+    ],
+)
+def test_calibrate(kvblend, shared_engine, folder, questions, given, kinds):
+    file, store = folder / "calibrate.json", Path(shared_engine.kvblend.config.store_path)
+    (folder / "mill.md").write_text(
+        "# The mill\n\n" + "The mill grinds rye for 14 villages, and closes in August. " * 4
     )
+    own = {"--docs": folder, "--questions": questions}
+    asked, seen, ingest = [given, own[given]] if given else [], [], shared_engine.kvblend.ingest
+    shared_engine.kvblend.ingest = lambda texts, **options: (seen.extend(texts), ingest(texts, **options))[1]
+    try:
+        ran = kvblend(
+            *("calibrate", "--count", 3, "--contexts", "long", "--json", file, *asked),
+            *("--arms", "reuse", "question:0.2", "question:0.5:coverage=0.5"),
+        )
+    finally:
+        del shared_engine.kvblend.ingest
+    texts = [text for text in seen if isinstance(text, str)]
+    assert all(any(topic in text for topic in (*TOPICS, "mill")) for text in texts) == bool(given)
     assert "3 questions" in ran.stdout
     result = json.loads(file.read_text())
+    assert result["questions"] == kinds
     found = result["contexts"]["long"]
     cells = found["measurement"]["cells"]
     assert [each["settings"]["selector"] for each in cells] == ["none", "question", "question"]
+    tried = [each["settings"] for each in found["measurement"]["variations"]]
+    changed = [{"span_size": 64}, {"score_layers": "all"}, {"score_layers": "upper"}, {"score_layers": "middle"}]
+    assert tried in ([{**each["settings"], **change} for change in changed] for each in cells[1:])
+    assert "spans of 64" in ran.stdout
+    assert len({tuple(each["kl"]) for each in found["measurement"]["variations"]}) > 1
     assert max(found["measurement"]["exact_kl"]) < 1e-5 < min(found["measurement"]["blind_kl"])
     assert found["measurement"]["deviation"]["error"] < 1e-3
     (verdict,) = store.glob("verdicts/*/long-*.json")
