@@ -803,6 +803,9 @@ _RISKS = {
     "answer": "fitted, whole answer",
     "first": "fitted, before the first token",
     "default": "default, whole answer",
+    "answer_unmoved": "fitted, whole answer, without what recomputing moved",
+    "first_unmoved": "fitted, before the first token, without what recomputing moved",
+    "moved": "what recomputing moved, alone",
 }
 
 
@@ -822,6 +825,7 @@ def risk() -> str:
                 *(f"{figures[kind]['caught'][f'{rate} false alarms']:.0%}" for rate in ("10%", "30%")),
             ]
             for kind, what in _RISKS.items()
+            if kind in figures
         ]
     head = ["model", "risk", "area under the ROC curve", "differing answers caught at 10 % false alarms", "at 30 %"]
     return table(head, rows)

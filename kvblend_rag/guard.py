@@ -52,8 +52,7 @@ class Guard:
                 begun = watch.seen
                 watch.see(output)
                 if not begun or output.finished:
-                    blended, uncovered = await self._account(output)
-                    watch.uncovered = uncovered
+                    blended, watch.known = await self._account(output)
                     risk = self._model.risk(watch.signals(output.finished)) if blended else None
                 if risk is not None and risk > own.max_risk and not begun and own.on_risk == "prefill":
                     risky = output
@@ -69,12 +68,14 @@ class Guard:
             async for output in outputs:
                 yield _instead(output, risky, risk, own.max_risk)
 
-    async def _account(self, output: RequestOutput) -> tuple[bool, float | None]:
-        """Whether the request runs on blended KV, and the share of the score that was left uncovered."""
+    async def _account(self, output: RequestOutput) -> tuple[bool, Signals]:
+        """Whether the request runs on blended KV, and what that shows."""
         if output.finished and output.report.blended:
-            return True, output.report.uncovered_mass
+            return True, Signals.before_the_answer(output.report)
         known = next((each for each in await self._engine.call("account", output.request_id) if each), None)
-        return known is not None, None if known is None else known["uncovered"]
+        if known is None:
+            return False, Signals()
+        return True, Signals(uncovered_mass=known["uncovered"], moved_mass=known.get("moved"))
 
 
 class _Watch:
@@ -82,7 +83,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self.seen = False
-        self.uncovered: float | None = None
+        self.known = Signals()
         self._margin: float | None = None
         self._lowest: float | None = None
 
@@ -97,10 +98,8 @@ class _Watch:
             self.seen = self.seen or bool(completion.token_ids)
 
     def signals(self, finished: bool) -> Signals:
-        return Signals(
-            uncovered_mass=self.uncovered,
-            first_margin=self._margin,
-            lowest_logprob=self._lowest if finished else None,
+        return dataclasses.replace(
+            self.known, first_margin=self._margin, lowest_logprob=self._lowest if finished else None
         )
 
 

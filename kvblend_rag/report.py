@@ -62,6 +62,9 @@ class BlendReport:
     """Tokens run through the model only to choose what is recomputed."""
     uncovered_mass: float | None = None
     """Share of the selector's score that lies outside the recomputed tokens, 0 to 1; None where it makes none."""
+    moved_mass: float | None = None
+    """Share of the first token's probability that recomputing moved to other tokens, against reuse alone, 0 to 1;
+    None where it was not compared: by the ``question`` selector, with ``max_risk`` below 1."""
     risk: float | None = None
     """Estimated risk that the blended answer differs from a full prefill's, 0 to 1; None where it was not judged."""
     blended: bool = False

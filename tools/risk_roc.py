@@ -1,12 +1,14 @@
 """ROC of the risk signal on questions that it was not fitted to, from a result of ``kvblend eval``.
 
 The risk is fitted to the questions of all sets but one and tried on that one, for every set in turn; an answer
-counts as different when it is not the full prefill's, normalised.
+counts as different when it is not the full prefill's, normalised. Where it is known what recomputing moved, that
+signal stands alone too, beside a fit without it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -24,13 +26,21 @@ def signals(row: dict[str, float]) -> Signals:
     """Back from a sample's features."""
     doubt, weakest = max(row["doubt"], 1e-9), min(row["weakest"], 1 - 1e-9)
     return Signals(
-        uncovered_mass=row.get("uncovered"), first_margin=-math.log(doubt), lowest_logprob=math.log1p(-weakest)
+        uncovered_mass=row.get("uncovered"),
+        moved_mass=row.get("moved"),
+        first_margin=-math.log(doubt),
+        lowest_logprob=math.log1p(-weakest),
     )
 
 
 def before_the_first_token(given: Signals) -> Signals:
     """What of it is known then."""
-    return Signals(uncovered_mass=given.uncovered_mass, first_margin=given.first_margin)
+    return dataclasses.replace(given, lowest_logprob=None)
+
+
+def without_moved(given: Signals) -> Signals:
+    """What is known without comparing next tokens."""
+    return dataclasses.replace(given, moved_mass=None)
 
 
 def figures(risks: list[float], differs: list[bool]) -> dict[str, Any]:
@@ -49,15 +59,23 @@ def held_out(samples: list[dict[str, Any]], arm: str) -> dict[str, Any]:
     known = [signals(each["arms"][arm]) for each in rows]
     differs = [not each["arms"][arm]["same"] for each in rows]
     sets = [each["set"] for each in rows]
-    risks: dict[str, list[float]] = {name: [math.nan] * len(rows) for name in ("answer", "first", "default")}
+    moved = all(each.moved_mass is not None for each in known)
+    names = ("answer", "first", "default", *(("answer_unmoved", "first_unmoved", "moved") if moved else ()))
+    risks: dict[str, list[float]] = {name: [math.nan] * len(rows) for name in names}
     for name in sorted(set(sets)):
         learn = [place for place, own in enumerate(sets) if own != name]
         model = fit_risk([known[place] for place in learn], [differs[place] for place in learn])
+        fewer = fit_risk([without_moved(known[place]) for place in learn], [differs[place] for place in learn])
         for place, own in enumerate(sets):
             if own == name:
                 risks["answer"][place] = model.risk(known[place])
                 risks["first"][place] = model.risk(before_the_first_token(known[place]))
                 risks["default"][place] = DEFAULT_RISK.risk(known[place])
+                if moved:
+                    less = without_moved(known[place])
+                    risks["answer_unmoved"][place] = fewer.risk(less)
+                    risks["first_unmoved"][place] = fewer.risk(before_the_first_token(less))
+                    risks["moved"][place] = known[place].moved_mass or 0.0
     result: dict[str, Any] = {}
     for group in ("all", *sorted(set(sets))):
         places = [place for place, own in enumerate(sets) if group in ("all", own)]

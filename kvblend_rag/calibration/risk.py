@@ -1,6 +1,6 @@
 """Risk: how likely a blended answer differs from a full prefill's, from what the request shows by itself.
 
-A logistic function of up to three signals, each between 0 and 1. ``kvblend calibrate`` fits it to questions
+A logistic function of up to four signals, each between 0 and 1. ``kvblend calibrate`` fits it to questions
 that were answered both ways; without that a default stands in, whose order is meaningful and whose scale is not.
 """
 
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-NAMES = ("uncovered", "doubt", "weakest")
-"""The signals, as ``Signals.features`` names them."""
+from kvblend_rag.report import BlendReport
+
+NAMES = ("uncovered", "doubt", "moved", "weakest")
+"""The signals, as ``Signals.features`` names them; the last is known only when the whole answer is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,20 +23,29 @@ class Signals:
 
     uncovered_mass: float | None = None
     """Share of the selector's score outside the recomputed tokens, 0 to 1."""
+    moved_mass: float | None = None
+    """Share of the first token's probability that recomputing moved, 0 to 1."""
     first_margin: float | None = None
     """Log-probability of the likeliest first token less that of the second, in nats, not negative."""
     lowest_logprob: float | None = None
     """The lowest log-probability of a token of the answer, in nats; None before the answer is there."""
 
+    @classmethod
+    def before_the_answer(cls, report: BlendReport) -> Signals:
+        """What a report tells, whatever the answer is."""
+        return cls(uncovered_mass=report.uncovered_mass, moved_mass=report.moved_mass)
+
     def features(self) -> dict[str, float]:
         """The known signals, each 0 (no risk) to 1.
 
-        ``uncovered``, the mass; ``doubt``, the second first token's probability as a share of the first's;
-        ``weakest``, one less the least probable answer token's probability.
+        ``uncovered`` and ``moved``, the masses; ``doubt``, the second first token's probability as a share of the
+        first's; ``weakest``, one less the least probable answer token's probability.
         """
         known = {}
         if self.uncovered_mass is not None:
             known["uncovered"] = self.uncovered_mass
+        if self.moved_mass is not None:
+            known["moved"] = self.moved_mass
         if self.first_margin is not None:
             known["doubt"] = math.exp(-max(self.first_margin, 0.0))
         if self.lowest_logprob is not None:
@@ -53,20 +64,18 @@ def margin(choices: Mapping[int, Any]) -> float:
     return max(ranked[0] - second, 0.0)
 
 
-def signals_of(
-    token_ids: Sequence[int], steps: Sequence[Mapping[int, Any]] | None, uncovered_mass: float | None
-) -> Signals:
+def signals_of(token_ids: Sequence[int], steps: Sequence[Mapping[int, Any]] | None, known: Signals) -> Signals:
     """A finished answer's signals.
 
     Args:
         token_ids: of the answer.
         steps: by generated token, what has a ``logprob`` by token; None where none were asked for.
-        uncovered_mass: from the request's report.
+        known: before the first token.
     """
     pairs = list(zip(token_ids, steps or (), strict=False))
     lowest = min((float(choices[token].logprob) for token, choices in pairs), default=None)
     first = margin(pairs[0][1]) if pairs else None
-    return Signals(uncovered_mass=uncovered_mass, first_margin=first, lowest_logprob=lowest)
+    return replace(known, first_margin=first, lowest_logprob=lowest)
 
 
 @dataclass(frozen=True)

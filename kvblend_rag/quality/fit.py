@@ -30,7 +30,9 @@ def fit_risk(signals: Sequence[Signals], differs: Sequence[bool]) -> RiskModel:
     known = [each.features() for each in signals]
     typical = {name: float(np.mean([each[name] for each in known if name in each] or [0.5])) for name in NAMES}
     columns = np.array([[each.get(name, typical[name]) - typical[name] for name in NAMES] for each in known])
-    return RiskModel(_logistic(columns, labels, typical, 2), _logistic(columns, labels, typical, 3))
+    return RiskModel(
+        _logistic(columns, labels, typical, len(NAMES) - 1), _logistic(columns, labels, typical, len(NAMES))
+    )
 
 
 def _logistic(columns: Values, labels: Values, typical: dict[str, float], count: int) -> Logistic:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,7 +134,7 @@ def _batch(kvblend: KVBlend, asked: Sequence[Asked], arm: Arm, bar: tqdm[Any]) -
     engine = kvblend.engine
     options = {"tenant": kvblend.config.tenant, **arm.options}
     greedy = engine.sampling(Sampling(temperature=0.0, max_tokens=ANSWER_TOKENS, logprobs=True, top_logprobs=2))
-    answers = _all(engine, [kvblend.stream(each.prompt, greedy, blend=arm.options) for each in asked], bar)
+    answers = _all(engine, [_answer(kvblend, each.prompt, greedy, arm.options) for each in asked], bar)
     # What was answered by a full prefill for its answer's sake (`max_risk`) is measured as one.
     ways = [options if answer.report.blended else {**options, "blend": False} for answer in answers]
     forced = _all(
@@ -149,9 +149,19 @@ def _batch(kvblend: KVBlend, asked: Sequence[Asked], arm: Arm, bar: tqdm[Any]) -
     for each, answer, likely in zip(asked, answers, forced, strict=True):
         logprobs, steps = distributions(likely, each.gold)
         own = answer.outputs[0]
-        signals = signals_of(own.token_ids, own.logprobs, answer.report.uncovered_mass)
+        signals = signals_of(own.token_ids, own.logprobs, Signals.before_the_answer(answer.report))
         observations.append(Observation(own.text.strip(), tuple(logprobs), tuple(steps), answer.report, signals))
     return observations
+
+
+def _answer(
+    kvblend: KVBlend, prompt: list[int], sampling: Any, options: Mapping[str, Any]
+) -> AsyncIterator[RequestOutput]:
+    """With every signal, and judged only where the arm says so: an engine by itself takes them and judges nothing."""
+    if kvblend.config.for_request(options).max_risk < 1:
+        return kvblend.stream(prompt, sampling, blend=options)
+    watched = {"tenant": kvblend.config.tenant, **options, "max_risk": 0.0}
+    return kvblend.engine.generate(prompt, sampling, options=watched)
 
 
 def _all(engine: Engine, requests: Sequence[AsyncIterator[RequestOutput]], bar: tqdm[Any]) -> list[RequestOutput]:

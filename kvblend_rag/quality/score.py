@@ -35,6 +35,7 @@ class Sample:
     uncovered: float = math.nan
     """Signals of risk, ``Signals.features``; NaN where one is not known."""
     doubt: float = math.nan
+    moved: float = math.nan
     weakest: float = math.nan
 
 

@@ -74,7 +74,7 @@ class FakeShelf:
                     uses.append(ChunkUse(key=match.key, start=start, tokens=stop - start, tier="memory"))
         reused = sum(use.tokens for use in uses)
         if uses:
-            self._accounts[request_id] = {"uncovered": None}
+            self._accounts[request_id] = {"uncovered": None, "moved": None}
         return BlendReport(
             request_id=request_id,
             prompt_tokens=len(prompt),

@@ -12,7 +12,9 @@ def effort_of(recipe: Recipe, pace: Pace | None) -> Effort:
     """What the recipe's selector makes a worker compute; without a pace, at most."""
     selector = get_selector(recipe.selector)
     question, deviation = (1.0, 1.0) if pace is None else (pace.question_share, pace.deviation_share)
-    if pace is not None and recipe.layers == "middle":
+    if recipe.watched:
+        question = 1.0
+    elif pace is not None and recipe.layers == "middle":
         question = pace.middle_share
     return Effort(
         recipe.ratio if selector.share is None else selector.share,

@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvblend_rag.blend.chunk import TokenIds
 from kvblend_rag.blend.cost import Pace
 from kvblend_rag.blend.plan import BlendPlan
+from kvblend_rag.calibration.risk import Signals
 from kvblend_rag.config import ScoreLayers
 from kvblend_rag.report import TierLoad
 
@@ -41,6 +42,8 @@ class Recipe:
     coverage: float = 1.0
     full_share: float = 1.0
     layers: ScoreLayers = "later"
+    watched: bool = False
+    """Whether the request's risk is judged: the next token is compared before and after recomputing."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,8 @@ class StepPlan(KVConnectorMetadata):
 
     blends: list[BlendJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
-    met_again: dict[str, float | None] = field(default_factory=dict)
-    """Requests that run on an earlier blend's KV out of the prefix cache, and what that left uncovered."""
+    met_again: dict[str, Signals] = field(default_factory=dict)
+    """Requests that run on an earlier blend's KV out of the prefix cache, and what that showed."""
     closing: Closing = field(default_factory=Closing)
     """What the last step ended."""
     number: int = 0
@@ -122,6 +125,13 @@ class Outcome:
     milliseconds: dict[str, float] = field(default_factory=dict)
     fallback: str | None = None
     """Why everything was computed instead of blended."""
+    moved: float | None = None
+    """Share of the next token's probability that recomputing moved; None where it was not compared."""
+
+    @property
+    def signals(self) -> Signals:
+        """What is known of the answer's risk before its first token."""
+        return Signals(uncovered_mass=self.uncovered, moved_mass=self.moved)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 blend        false for an ordinary prefill
 selector, ratio, span, layers, coverage, full_prefill_share    how recomputed tokens are chosen, and how many
+max_risk     below 1: the next token is compared before and after recomputing, for whoever judges the risk
 planner      false: load every chunk that is found, be it slower than computing it
 tenant       whose chunks may be used; vLLM's own cache_salt means the same
 ingest       {key, namespace, start}: save the KV of the prompt from ``start`` on
@@ -74,6 +75,7 @@ def recipe_of(config: BlendConfig) -> Recipe:
         config.coverage,
         config.full_prefill_share,
         config.score_layers,
+        watched=config.max_risk < 1,
     )
 
 

@@ -8,6 +8,10 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from kvblend_rag.store.base import StoredChunk
+from kvblend_rag.store.chunk_file import encode_chunk, read_chunk, write_chunk
+from kvblend_rag.store.layout import StoreLayout
+
 TOLERANCE = 1e-4
 
 
@@ -46,6 +50,64 @@ def test_marked_or_below_the_limit_the_blend_is_shown(rig, prompt):
         assert answer.report.risk is not None
         assert (reason or "") in (answer.report.reason or "")
         assert answer.difference(blended) < TOLERANCE
+
+
+def moved(rig, prompt, **options):
+    (answer,) = rig.fresh([prompt], count=2, **{"selector": "question", "ratio": 0.5, "max_risk": 0.999, **options})
+    assert answer.report.blended
+    return answer.report.moved_mass
+
+
+def test_where_what_is_loaded_is_exact_recomputing_moves_nothing(rig):
+    """A chunk right behind the ingest context, as it was computed."""
+    chunk = rig.chunks[200]
+    assert moved(rig, np.concatenate([rig.info.context, chunk, rig.tokens(40, 5)])) < 1e-5
+
+
+def test_without_recomputing_nothing_moves_and_with_more_of_it_more(rig, prompt):
+    shares = [moved(rig, prompt, ratio=ratio) for ratio in (0.0, 0.1, 0.9)]
+    assert shares[0] < 1e-5 < shares[1] < shares[2] <= 1
+
+
+def test_between_swapped_chunks_much_moves(rig):
+    """Their files are sound, and each holds the other's KV."""
+    chunks = [rig.tokens(150, 70 + number) for number in range(2)]
+    rig.store(*chunks)
+    asked = np.concatenate([rig.info.context, chunks[0], rig.tokens(1, 7), chunks[1], rig.tokens(40, 5)])
+    sound = moved(rig, asked)
+    stored = [kv_of(rig, chunk) for chunk in chunks]
+    for chunk, kv in zip(chunks, reversed(stored), strict=True):
+        put(rig, chunk, kv)
+    swapped = moved(rig, asked)
+    for chunk, kv in zip(chunks, stored, strict=True):
+        put(rig, chunk, kv)
+    assert swapped > 3 * sound
+    assert moved(rig, asked) == pytest.approx(sound, abs=1e-6)
+
+
+def kv_of(rig, chunk):
+    path = rig.file(chunk)
+    return read_chunk(StoreLayout(path.parents[2]), path, rig.key(chunk), (0, 1)).kv
+
+
+def put(rig, chunk, kv):
+    path = rig.file(chunk)
+    layout = StoreLayout(path.parents[2])
+    write_chunk(layout, path, encode_chunk(layout, StoredChunk(rig.key(chunk), rig.space(), chunk, kv), (0, 1)))
+
+
+@pytest.mark.parametrize("layers", ["later", "middle"])
+def test_comparing_changes_neither_the_choice_nor_the_answer(rig, prompt, layers):
+    options = {"selector": "question", "ratio": 0.3, "layers": layers}
+    (alone,), (watched,) = rig.fresh([prompt], **options), rig.fresh([prompt], max_risk=0.999, **options)
+    assert alone.report.moved_mass is None
+    assert 0 < watched.report.moved_mass < 1
+    assert watched.report.recomputed_spans == alone.report.recomputed_spans
+    assert watched.difference(alone) < TOLERANCE
+
+
+def test_selectors_that_ask_nothing_compare_nothing(rig, prompt):
+    assert all(moved(rig, prompt, selector=selector) is None for selector in ("none", "first", "deviation"))
 
 
 def test_a_plain_request_has_no_risk(rig):

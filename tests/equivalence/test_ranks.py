@@ -90,6 +90,15 @@ def test_ranks_recompute_the_same_tokens(pair, selector):
     assert first.token_ids != plain.token_ids or first.difference(plain) > 1e-3
 
 
+def test_the_next_token_is_compared_over_all_ranks(pair):
+    prompt = pair.prompt(200, 100, 150, total=620)
+    few, many = (
+        pair.fresh([prompt], selector="question", ratio=ratio, max_risk=0.999)[0].report.moved_mass
+        for ratio in (0.0, 0.5)
+    )
+    assert few < 1e-5 < many < 1
+
+
 def test_each_rank_stores_its_own_heads(pair):
     chunk = pair.chunks[150]
     layout, key = StoreLayout.of(pair.llm.kvblend.config.store_path), pair.key(chunk)

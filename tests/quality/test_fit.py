@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ def drawn(count, seed):
     signals = [
         Signals(
             uncovered_mass=float(draw.uniform()),
+            moved_mass=float(draw.uniform()),
             first_margin=float(draw.exponential(2)),
             lowest_logprob=float(np.log1p(-0.999 * each)),
         )
@@ -25,7 +28,7 @@ def test_the_fit_finds_what_tells_and_is_calibrated_on_other_data():
     assert model.calibrated
     weights = model.answer.weights
     assert weights["weakest"] > 4
-    assert abs(weights["uncovered"]) + abs(weights["doubt"]) < 1
+    assert abs(weights["uncovered"]) + abs(weights["doubt"]) + abs(weights["moved"]) < 1.2
     signals, differs = drawn(2000, 1)
     risks = np.array([model.risk(each) for each in signals])
     assert auc(risks, differs) > 0.75
@@ -36,8 +39,18 @@ def test_the_fit_finds_what_tells_and_is_calibrated_on_other_data():
 
 def test_before_the_first_token_the_rest_is_left_out():
     model = fit_risk(*drawn(200, 0))
-    assert set(model.first.weights) == {"uncovered", "doubt"}
+    assert set(model.first.weights) == {"uncovered", "doubt", "moved"}
     assert 0 < model.risk(Signals(uncovered_mass=0.5, first_margin=1.0)) < 1
+
+
+def test_what_recomputing_moved_is_learned_from_where_it_is_known():
+    signals, differs = drawn(400, 0)
+    telling = [
+        dataclasses.replace(each, moved_mass=float(0.2 + 0.6 * own)) for each, own in zip(signals, differs, strict=True)
+    ]
+    assert fit_risk(telling, differs).first.weights["moved"] > 3
+    unknown = fit_risk([dataclasses.replace(each, moved_mass=None) for each in signals], differs)
+    assert unknown.first.weights["moved"] == unknown.answer.weights["moved"] == 0
 
 
 @pytest.mark.parametrize("differ", [0, 3, 97, 100])

@@ -1,5 +1,6 @@
 """On the bundled reader: what is measured is the model's own likelihood, over the KV that was asked for."""
 
+import numpy as np
 import pytest
 
 from kvblend_rag.demo.prompt import SYSTEM_PROMPT
@@ -54,6 +55,20 @@ def test_everything_recomputed_is_a_full_prefill_and_reuse_is_not(observed):
         assert 0.2 < sample.recomputed <= 0.3
         assert sample.recomputed * 0.8 < sample.computed < 0.5
         assert 0 < sample.scored < 0.2
+
+
+def test_what_recomputing_moved_is_what_the_first_tokens_distributions_differ_by(observed):
+    _, answers = observed
+    for reuse, recomputed in zip(answers["reuse"], answers["question:0.3"], strict=True):
+        before, after = (dict(zip(d.tokens, np.exp(d.logprobs), strict=True)) for d in first(reuse, recomputed))
+        both = {*before, *after}
+        moved = sum(abs(after.get(token, 0.0) - before.get(token, 0.0)) for token in both) / 2
+        assert recomputed.signals.moved_mass == pytest.approx(moved, abs=0.01)
+        assert reuse.signals.moved_mass is None
+
+
+def first(*observations):
+    return [each.distributions[0] for each in observations]
 
 
 def test_other_requests_of_the_batch_are_not_forced(reader_llm, observed):

@@ -56,3 +56,6 @@ def test_the_planner_knows_how_deep_the_scoring_pass_goes(choice):
     )
     effort = effort_of(Recipe("question", 0.2, 16, layers=choice), pace)
     assert effort.computed_share == shares(paged, choice)[Evidence.QUESTION_ATTENTION]
+    watched = effort_of(Recipe("question", 0.2, 16, layers=choice, watched=True), pace)
+    assert watched.computed_share == 1.0
+    assert effort_of(Recipe("first", 0.2, 16, layers=choice, watched=True), pace).computed_share == 0.0

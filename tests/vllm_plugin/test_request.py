@@ -54,6 +54,13 @@ def test_the_layers_are_the_engines_or_the_requests(config):
     assert read_wish(request({"layers": "middle"}), config).recipe.layers == "middle"
 
 
+def test_the_next_token_is_compared_where_the_risk_is_judged(config):
+    assert not read_wish(request(), config).recipe.watched
+    assert read_wish(request({"max_risk": 0.5}), config).recipe.watched
+    assert read_wish(request(), config.replace(max_risk=0.5)).recipe.watched
+    assert not read_wish(request({"max_risk": 1}), config.replace(max_risk=0.5)).recipe.watched
+
+
 def test_ingest_is_read(config):
     wish = read_wish(request({"ingest": {"key": "k", "namespace": "n", "start": 256}}), config)
     assert wish.ingest == Ingest("k", "n", 256)

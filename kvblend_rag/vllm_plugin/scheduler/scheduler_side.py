@@ -24,6 +24,7 @@ from kvblend_rag.blend.chunk import TokenIds, as_token_ids, chunk_key
 from kvblend_rag.blend.cost import Work, blend_work
 from kvblend_rag.blend.gate import refusal
 from kvblend_rag.blend.plan import BlendPlan, make_plan
+from kvblend_rag.calibration.risk import Signals
 from kvblend_rag.calibration.verdict import Verdict, find_verdict
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import KVBlendError
@@ -113,9 +114,9 @@ class SchedulerSide:
         self._answered: dict[str, tuple[dict[str, Any], str]] = {}
         """Reports handed out in this step and blends' digests; the workers' account may still complete them."""
         self._uncounted: deque[dict[str, Any]] = deque(maxlen=_UNCOUNTED)
-        self._seen_digests: OrderedDict[str, float | None] = OrderedDict()
-        """What each blend left uncovered."""
-        self._met_again: dict[str, float | None] = {}
+        self._seen_digests: OrderedDict[str, Signals] = OrderedDict()
+        """What each blend showed."""
+        self._met_again: dict[str, Signals] = {}
         self._desk = ClosingDesk(vllm_config)
         self._seen_prompts: list[SeenPrompt] = []
         self._gate = "closed"
@@ -229,7 +230,7 @@ class SchedulerSide:
                     self._note(request.request_id, reason="the prompt was in vLLM's own prefix cache")
                 else:
                     self._note(request.request_id, reason=SAME_BLEND)
-                    self._met_again[request.request_id] = self._seen_digests.get(blend.digest)
+                    self._met_again[request.request_id] = self._seen_digests.get(blend.digest, Signals())
             return
         first = blend.plan.prompt_tokens - 1 - external
         plan = blend.plan.clip(first, self._config.min_run)
@@ -289,7 +290,7 @@ class SchedulerSide:
                 answer, digest = self._answered.pop(request_id)
                 answer[PARAMETER] = _completed(BlendReport.from_dict(answer[PARAMETER]), done).to_dict()
             if digest in self._seen_digests:
-                self._seen_digests[digest] = done.uncovered
+                self._seen_digests[digest] = done.signals
 
     def finished(self, request: Request) -> dict[str, Any]:
         """The request has ended: its report, for its last output."""
@@ -477,7 +478,7 @@ class SchedulerSide:
     def _seen(self, digest: str) -> bool:
         """Whether a digest was blended before; it has been from now on."""
         known = digest in self._seen_digests
-        self._seen_digests.setdefault(digest, None)
+        self._seen_digests.setdefault(digest, Signals())
         self._seen_digests.move_to_end(digest)
         if len(self._seen_digests) > _DIGESTS_REMEMBERED:
             self._seen_digests.popitem(last=False)
@@ -529,6 +530,7 @@ def _completed(report: BlendReport, done: Outcome) -> BlendReport:
         recomputed_spans=done.recomputed,
         scored_tokens=done.scored_tokens,
         uncovered_mass=done.uncovered,
+        moved_mass=done.moved,
         loads=done.loads,
         chunks=tuple(replace(chunk, tier=done.tiers.get(chunk.key, "")) for chunk in report.chunks),
         milliseconds=milliseconds,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -78,6 +78,8 @@ class Blender:
             return Outcome(loads=loads, milliseconds=clock, fallback=failure or ANOTHER_RANK)
         selector = get_selector(job.recipe.selector)
         scored, left = 0, None
+        before: list[torch.Tensor] = []
+        watched = job.recipe.watched and self._forward.tells_next_token
         with _timed(clock, "load"):
             self._loader.fetch(job.plan, chunks)
             turns = Turns(job.plan, self._context_tokens, self._paged.upload)
@@ -88,13 +90,17 @@ class Blender:
         else:
             self._place(job, turns, clock)
             with _timed(clock, "score"):
-                evidence, scored = self._gather(job, chunks, turns, selector.needs)
+                evidence, scored = self._gather(job, chunks, turns, selector.needs, before.append if watched else None)
             with _timed(clock, "select"):
                 recomputed, _, left = self._select(job, evidence)
         with _timed(clock, "forward"):
-            computed = [(a, min(b, job.plan.prompt_tokens - 1)) for a, b in job.plan.computed_ranges()]
-            self._compute(job, _joined([*computed, *recomputed]))
+            # The last token is vLLM's own to compute; here it is only where its next token is to be compared.
+            end = job.plan.prompt_tokens if before else job.plan.prompt_tokens - 1
+            computed = [(a, min(b, end)) for a, b in job.plan.computed_ranges()]
+            after: list[torch.Tensor] = []
+            self._compute(job, _joined([*computed, *recomputed]), after.append if before else None)
             self._loader.wait_for_all()
+            moved = self._moved(before[-1], after[-1]) if before else None
         self._hot.offer({key: kv for key, kv in chunks.items() if tiers[key] != DEVICE})
         if _gave_up(job, recomputed, left):
             recipe = job.recipe
@@ -105,7 +111,7 @@ class Blender:
                 loads=loads,
                 milliseconds=clock,
             )
-        return Outcome(tuple(recomputed), tiers, scored, left, loads, clock)
+        return Outcome(tuple(recomputed), tiers, scored, left, loads, clock, moved=moved)
 
     def _read_all(self, job: BlendJob, loads: list[TierLoad]) -> tuple[Chunks, dict[str, str], str | None]:
         """The job's chunks and where each came from; or what is wrong with one of them."""
@@ -160,7 +166,12 @@ class Blender:
             clock["rotate"] = clock.get("rotate", 0.0) + rotating
 
     def _gather(
-        self, job: BlendJob, chunks: Chunks, turns: Turns, needs: frozenset[Evidence]
+        self,
+        job: BlendJob,
+        chunks: Chunks,
+        turns: Turns,
+        needs: frozenset[Evidence],
+        see_last: Callable[[torch.Tensor], None] | None,
     ) -> tuple[dict[str, torch.Tensor], int]:
         """The evidence that a selector needs, and how many tokens it cost."""
         paged, total = self._paged, self._ranks.sum
@@ -173,7 +184,7 @@ class Blender:
             evidence.update(gathered)
             scored += passed
         if Evidence.QUESTION_ATTENTION in needs:
-            gathered, passed = question_attention(job, paged, self._forward, self._loader, total)
+            gathered, passed = question_attention(job, paged, self._forward, self._loader, total, see_last)
             evidence.update(gathered)
             scored += passed
         return evidence, scored
@@ -209,9 +220,19 @@ class Blender:
         mask = torch.ones_like(candidates) if everything else candidates.masked_scatter(candidates, chosen)
         return mask_to_ranges(given.positions, mask), mask, left
 
-    def _compute(self, job: BlendJob, ranges: Iterable[tuple[int, int]]) -> None:
+    def _compute(
+        self,
+        job: BlendJob,
+        ranges: Iterable[tuple[int, int]],
+        see_last: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
         rows = [Row(job.token_ids, job.block_ids, start, stop) for start, stop in ranges if start < stop]
-        self._forward.run(rows, around=self._taps)
+        self._forward.run(rows, around=self._taps, see_last=see_last)
+
+    def _moved(self, before: torch.Tensor, after: torch.Tensor) -> float | None:
+        """The share of the next token's probability that is elsewhere after recomputing, of two hidden states."""
+        then, now = self._forward.next_token(before), self._forward.next_token(after)
+        return None if then is None or now is None else float((now - then).clamp_min(0.0).sum())
 
 
 def _may_give_up(recipe: Recipe, left: float | None) -> bool:

@@ -37,25 +37,34 @@ def question_attention(
     forward: ScatteredForward,
     loader: Loader,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+    see_last: Callable[[torch.Tensor], None] | None = None,
 ) -> tuple[dict[str, torch.Tensor], int]:
     """Attention of the question on each reused token: ``question_mass`` and ``last_mass``.
 
     A first pass of the computed tokens over the loaded KV, up to the last layer that is looked at; they
     are computed again, over recomputed KV, in the forward that counts.
 
+    Args:
+        job: the request.
+        paged: the cache.
+        forward: runs the layers.
+        loader: has started to load the request.
+        sum_over_ranks: all-reduce.
+        see_last: gets the last prompt token's hidden state over the loaded KV; the pass then goes through all layers.
+
     Returns:
         The evidence, float32, shape (reused tokens,), and the number of tokens passed.
     """
     plan, layers = job.plan, scored_layers(paged.layers, job.recipe.layers)
-    taps = Taps([layer.name for layer in paged.layers], loader.wait, see={layer.name for layer in layers})
+    seen = {layer.name for layer in layers}
+    taps = Taps([layer.name for layer in paged.layers], loader.wait, see=seen, whole=see_last is not None)
     rows = [Row(job.token_ids, job.block_ids, start, stop) for start, stop in plan.computed_ranges()]
-    positions = forward.run(rows, around=taps)
+    positions = forward.run(rows, around=taps, see_last=see_last)
     asked = paged.upload(torch.from_numpy(np.flatnonzero(positions >= plan.question_range[0])))
     query_positions = paged.upload(torch.from_numpy(positions.astype(np.int64)))[asked]
     reused = paged.upload(torch.from_numpy(plan.reused_positions()[0]))
     queries = [layer.meeting_keys(torch.cat(taps.queries[layer.name])) for layer in layers]
-    seen = torch.stack(queries)[:, asked]
-    masses = _masses(seen, query_positions, layers, job, paged)
+    masses = _masses(torch.stack(queries)[:, asked], query_positions, layers, job, paged)
     question_mass, last_mass = sum_over_ranks(masses[:, reused]) / len(layers)
     return {"question_mass": question_mass, "last_mass": last_mass}, len(positions)
 

@@ -7,7 +7,7 @@ token on every backend, because it *is* vLLM's forward (vllm/v1/attention/backen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,7 @@ class Row:
 
 
 class ScatteredForward:
-    """Runs rows through the model, writing their KV into the paged cache; hidden states are dropped."""
+    """Runs rows through the model, writing their KV into the paged cache; hidden states are dropped, but for one."""
 
     def __init__(self, runner: Any, paged: PagedKV) -> None:
         self._runner, self._paged = runner, paged
@@ -62,6 +62,7 @@ class ScatteredForward:
         rows: Iterable[Row],
         around: AbstractContextManager[Any] | None = None,
         position_offset: int = 0,
+        see_last: Callable[[torch.Tensor], None] | None = None,
     ) -> TokenIds:
         """Compute the rows, in position order where they don't fit into one forward.
 
@@ -69,6 +70,7 @@ class ScatteredForward:
             rows: of one request in ascending order; of several, parents before those that share blocks.
             around: entered inside the forward context, to look into the layers.
             position_offset: added to the positions that the rotary embedding sees, and to nothing else.
+            see_last: called after each forward with the hidden state of its furthest position, (hidden_size,).
 
         Returns:
             The positions in the order in which they went through the model.
@@ -78,11 +80,26 @@ class ScatteredForward:
             # Backends take a leading run of single-token rows as decodes, so these come first. Of the others the
             # longest do: the last to start is what a GPU waits for when all else is done.
             batch.sort(key=lambda row: (row.stop - row.start > 1, -row.stop))
-            self._run_batch(batch, around or nullcontext(), position_offset)
+            states = self._run_batch(batch, around or nullcontext(), position_offset)
+            if see_last is not None:
+                furthest = max(range(len(batch)), key=lambda index: batch[index].stop)
+                # A CUDA graph's output is overwritten by the next replay.
+                see_last(states[sum(row.stop - row.start for row in batch[: furthest + 1]) - 1].clone())
             done.extend(batch)
         return np.concatenate(
             [np.arange(row.start, row.stop, dtype=np.int32) for row in done] or [np.zeros(0, np.int32)]
         )
+
+    @property
+    def tells_next_token(self) -> bool:
+        """Whether ``next_token`` can be asked: an output layer with adapters depends on the step in flight."""
+        return self._config.lora_config is None
+
+    @torch.inference_mode()
+    def next_token(self, state: torch.Tensor) -> torch.Tensor | None:
+        """(vocabulary,) float32, the probabilities behind a hidden state; every rank must ask, and some get None."""
+        logits = self._runner.model.compute_logits(state[None])
+        return None if logits is None else logits[0].float().softmax(dim=-1)
 
     def _batches(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
         batch: list[Row] = []
@@ -100,7 +117,7 @@ class ScatteredForward:
         if batch:
             yield batch
 
-    def _run_batch(self, rows: list[Row], around: AbstractContextManager[Any], position_offset: int) -> None:
+    def _run_batch(self, rows: list[Row], around: AbstractContextManager[Any], position_offset: int) -> Any:
         upload = self._paged.upload
         lengths = np.array([row.stop - row.start for row in rows])
         ends = np.array([row.stop for row in rows], dtype=np.int32)
@@ -150,9 +167,10 @@ class ScatteredForward:
             compat.without_adapters(self._runner, len(token_ids)),
             around,
         ):
-            self._runner.model(
+            return self._runner.model(
                 **self._token_inputs(input_ids), positions=self._rotary(rotary_positions), intermediate_tensors=None
             )
+        return None  # a tap has ended the forward
 
     def _token_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor | None]:
         if not self._embeds:

@@ -64,13 +64,16 @@ class Taps:
         before: called with a layer's name before it writes its KV.
         see: layers whose queries are collected; the forward ends when the last of them has written its KV
             and shown its query, which saves the layers behind it.
+        whole: do not end it.
     """
 
-    def __init__(self, order: Sequence[str], before: Callable[[str], None], see: Collection[str] = ()) -> None:
+    def __init__(
+        self, order: Sequence[str], before: Callable[[str], None], see: Collection[str] = (), *, whole: bool = False
+    ) -> None:
         self._order, self._before = list(order), before
         self.queries: dict[str, list[torch.Tensor]] = {name: [] for name in order if name in see}
         """(tokens, heads, head_dim) of each forward that was run inside."""
-        self._last = next(reversed(self.queries), None)
+        self._last = None if whole else next(reversed(self.queries), None)
 
     def __enter__(self) -> Taps:
         self._context = self._entered()

@@ -18,6 +18,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from kvblend_rag.blend.context import ingest_context, own_documents
 from kvblend_rag.blend.cost import Pace
+from kvblend_rag.calibration.risk import Signals
 from kvblend_rag.calibration.verdict import preferred_context
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import KVBlendError
@@ -112,12 +113,12 @@ class WorkerSide:
             with self._stopwatch.blend(job.request_id):
                 outcome = self._outcomes[job.request_id] = self._blender.blend(job)
             if outcome.fallback is None:
-                self._keep_account(job.request_id, outcome.uncovered)
+                self._keep_account(job.request_id, outcome.signals)
 
-    def meet_again(self, requests: Mapping[str, float | None]) -> None:
-        """Requests that run on an earlier blend's KV: what each left uncovered."""
-        for request_id, uncovered in requests.items():
-            self._keep_account(request_id, uncovered)
+    def meet_again(self, requests: Mapping[str, Signals]) -> None:
+        """Requests that run on an earlier blend's KV: what that showed."""
+        for request_id, signals in requests.items():
+            self._keep_account(request_id, signals)
 
     def note(self, closing: Closing) -> None:
         """Keep what the front end may ask for: the last reports, and prompts to learn from."""
@@ -252,8 +253,8 @@ class WorkerSide:
         if self._store is not None:
             self._store.close()
 
-    def _keep_account(self, request_id: str, uncovered: float | None) -> None:
-        self._accounts[request_id] = {"uncovered": uncovered}
+    def _keep_account(self, request_id: str, signals: Signals) -> None:
+        self._accounts[request_id] = {"uncovered": signals.uncovered_mass, "moved": signals.moved_mass}
         if len(self._accounts) > _ACCOUNTS_KEPT:
             self._accounts.popitem(last=False)
 
