@@ -178,6 +178,9 @@ def _eval(verbs: Any) -> None:
     parser.add_argument("files", nargs="*", metavar="FILE", help="questions as JSON lines, or folders of such files")
     parser.add_argument("--two-chunk", type=int, default=0, metavar="N", help="also ask N questions made here")
     parser.add_argument(
+        "--aggregate", type=int, default=0, metavar="N", help="and N more, half of which need every document"
+    )
+    parser.add_argument(
         "--arms", nargs="+", metavar="ARM", help="plain, reuse, SELECTOR:RATIO[:OPTION=VALUE]; any with @CONTEXT behind"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="at most N questions of each file")

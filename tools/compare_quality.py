@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from kvblend_rag.quality import bootstrap, two_chunk
-from kvblend_rag.quality.summary import ALL, REAL
+from kvblend_rag.quality import bootstrap
+from kvblend_rag.quality.summary import ALL, MADE_SETS, REAL
 
 MADE = "questions made here"
 
@@ -24,8 +24,8 @@ def compared(before: dict[str, Any], after: dict[str, Any], arms: list[str]) -> 
     """By group and arm: KL of both and its ratio, and what changed in ΔNLL and F1, with 95 % intervals."""
     rows = [{(row["set"], row["id"]): row["arms"] for row in each["samples"]} for each in (before, after)]
     both = sorted(rows[0].keys() & rows[1].keys())
-    places = {ALL: both, REAL: [key for key in both if key[0] != two_chunk.SET]}
-    places[MADE] = [key for key in both if key[0] == two_chunk.SET]
+    places = {ALL: both, REAL: [key for key in both if key[0] not in MADE_SETS]}
+    places[MADE] = [key for key in both if key[0] in MADE_SETS]
     groups: dict[str, Any] = {}
     for name, keys in places.items():
         if not keys:

@@ -21,6 +21,7 @@ from kvblend_rag.commands.session import EngineOptions, started
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import ConfigError
 from kvblend_rag.quality import markdown, plot
+from kvblend_rag.quality.aggregate import aggregate_questions
 from kvblend_rag.quality.arms import DEFAULT, Arm, by_context, parse_arms
 from kvblend_rag.quality.forcing import engine_arguments
 from kvblend_rag.quality.observe import Asked, Observations, observe, prepare
@@ -52,6 +53,7 @@ def run(
     engine: EngineOptions,
     files: Sequence[str] = (),
     two_chunk: int = 0,
+    aggregate: int = 0,
     arms: Sequence[str] | None = None,
     limit: int | None = None,
     chunks: int | None = None,
@@ -67,7 +69,8 @@ def run(
     Args:
         engine: model; the store is a temporary one unless named.
         files: of questions, or folders of such.
-        two_chunk: so many questions made here are asked as well.
+        two_chunk: so many questions made here are asked as well, two in three of which need two chunks.
+        aggregate: so many more, half of which need every document.
         arms: see ``quality.arms``.
         limit: at most so many questions of each file.
         chunks: at most so many documents a question.
@@ -86,14 +89,14 @@ def run(
             raise ConfigError(f"--{name} is {value}, and must be 1 or more.")
     if minutes is not None and minutes <= 0:
         raise ConfigError(f"--minutes is {minutes:g}, and must be more than 0.")
-    if timed < 0 or not 0 <= two_chunk <= 10_000:
-        raise ConfigError("--timed and --two-chunk take numbers from 0 on.")
+    if timed < 0 or not all(0 <= each <= 10_000 for each in (two_chunk, aggregate)):
+        raise ConfigError("--timed, --two-chunk and --aggregate take numbers from 0 on.")
     console = terminal.prose(json)
     before = machine()
     config = engine.resolve(chunk_size=LONGEST_DOCUMENT).replace(planner=False)
     ways = parse_arms(arms or DEFAULT, config)
-    questions = read_questions(files, limit=limit, documents=chunks) if files or not two_chunk else []
-    questions += two_chunk_questions(two_chunk)
+    made = two_chunk_questions(two_chunk) + aggregate_questions(aggregate)
+    questions = (read_questions(files, limit=limit, documents=chunks) if files or not made else []) + made
     # So that those left out for want of time are of all files and kinds.
     random.Random(0).shuffle(questions)
     begun = time.perf_counter()

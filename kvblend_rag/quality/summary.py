@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kvblend_rag.quality import bootstrap, two_chunk
+from kvblend_rag.quality import aggregate, bootstrap, two_chunk
 from kvblend_rag.quality.arms import Arm
 from kvblend_rag.quality.bootstrap import Interval, Values
 from kvblend_rag.quality.questions import Question
@@ -16,6 +16,9 @@ from kvblend_rag.quality.score import Sample
 ALL = "all"
 REAL = "real questions"
 """All but those made here; a group only where some were made here."""
+
+MADE_SETS = (aggregate.SET, two_chunk.SET)
+"""Sets of the questions made here."""
 
 TWO_CHUNKS = "answers from two chunks"
 """Of those made here, the ones whose answer no chunk alone holds."""
@@ -30,10 +33,11 @@ _CHANGES = ("exact", "f1", "nll")
 def groups(questions: Sequence[Question]) -> dict[str, list[int]]:
     """Indices of the questions in each group: all, real and made ones, by set, by kind; equal groups once."""
     several: dict[str, list[int]] = {ALL: list(range(len(questions)))}
-    made = [place for place, question in enumerate(questions) if question.set == two_chunk.SET]
+    made = [place for place, question in enumerate(questions) if question.set in MADE_SETS]
     if 0 < len(made) < len(questions):
         several[REAL] = sorted({*several[ALL]} - {*made})
-    if needed := [place for place in made if len(set(questions[place].supporting)) > 1]:
+    two = [place for place in made if questions[place].set == two_chunk.SET]
+    if needed := [place for place in two if len(set(questions[place].supporting)) > 1]:
         several[TWO_CHUNKS] = needed
     for name in ("set", "kind"):
         for value in sorted({getattr(question, name) for question in questions}):
@@ -105,4 +109,4 @@ def _listed(interval: Interval) -> list[float | None]:
     return [None if np.isnan(each) else each for each in interval.to_list()]
 
 
-__all__ = ["ALL", "PUBLISHED", "REAL", "TWO_CHUNKS", "groups", "summarise"]
+__all__ = ["ALL", "MADE_SETS", "PUBLISHED", "REAL", "TWO_CHUNKS", "groups", "summarise"]

@@ -222,7 +222,23 @@ def test_eval(kvblend, shared_engine, questions, tmp_path):
 def test_eval_for_want_of_time(kvblend, shared_engine, tmp_path):
     file = tmp_path / "eval.json"
     ran = kvblend(
-        *("eval", "--two-chunk", 3, "--arms", "reuse", "--batch", 1, "--timed", 0, "--minutes", 1e-9, "--json", file)
+        *(
+            "eval",
+            "--two-chunk",
+            2,
+            "--aggregate",
+            1,
+            "--arms",
+            "reuse",
+            "--batch",
+            1,
+            "--timed",
+            0,
+            "--minutes",
+            1e-9,
+            "--json",
+            file,
+        )
     )
     assert ran.returncode == 0, ran.stderr
     assert "2 questions were not asked for want of time" in ran.stdout
