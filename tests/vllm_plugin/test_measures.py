@@ -103,26 +103,52 @@ def test_a_scout_measures_what_is_stored_and_fetches_what_is_asked_for(tmp_path,
     catalogue.close()
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(3600.0, ["kept", "a"]), (0.0, ["kept", "a", "b"])])
-def test_what_is_not_kept_near_is_read_only_now_and_then(monkeypatch, seconds, expected):
+class Tier:
+    def __init__(self, *keys, remote=False, takes=False):
+        self.keys, self.remote, self.takes = set(keys), remote, takes
+
+    def contains(self, key):
+        return key in self.keys
+
+
+@pytest.mark.parametrize(
+    ("tiers", "seconds", "expected"),
+    [
+        # what has room is fetched, all of it
+        ([Tier(takes=True), Tier(remote=True)], 3600.0, ["a", "b", "c", "d"]),
+        # nothing near has room: the first is tried, and then one chunk now and then
+        ([Tier(), Tier(remote=True)], 3600.0, ["a", "b"]),
+        ([Tier(), Tier(remote=True)], 0.0, ["a", "b", "c"]),
+        # on the disk it is already, and no memory takes it
+        ([Tier(), Tier("a", "b", "c", "d")], 3600.0, ["a", "b"]),
+        # in memory it is already, which says nothing of what may come there
+        ([Tier("a", "b", takes=True), Tier("c", "d")], 3600.0, ["a", "b", "c", "d"]),
+        # there is but one place
+        ([Tier("a", "b", "c", "d")], 3600.0, ["a"]),
+    ],
+)
+def test_what_comes_no_nearer_is_read_only_now_and_then(monkeypatch, tiers, seconds, expected):
     """It tells nothing but how fast its tier is, and takes time from the engine."""
     monkeypatch.setattr("kvblend_rag.vllm_plugin.worker.scout._BETWEEN_MEASURES_S", seconds)
-    read = []
+    read, near = [], [(tier, set(tier.keys)) for tier in tiers]
 
     def get_many(keys, loads):
         read.extend(keys)
         loads.append(TierLoad(tier="valkey", chunks=1, bytes=1, milliseconds=1.0))
+        for tier, _ in near:
+            if tier.takes:
+                tier.keys |= set(keys)
 
-    near = SimpleNamespace(remote=False, contains=lambda key: key == "kept")
-    far = SimpleNamespace(remote=True, contains=lambda key: True)
-    scout = Scout(SimpleNamespace(tiers=[near, far], get_many=get_many))
-    for key in ("kept", "a", "b"):
-        scout.fetch([key])
+    scout = Scout(SimpleNamespace(tiers=tiers, get_many=get_many))
+    for keys in (["a", "b"], ["c", "d"]):
+        scout.fetch(keys)
     deadline = time.monotonic() + 20
     while scout._queue.qsize() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)  # the last was taken out, and may just be read
     scout.close()
+    for tier, keys in near:
+        tier.keys = keys
     assert read == expected
 
 

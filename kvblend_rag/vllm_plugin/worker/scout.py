@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -22,7 +23,7 @@ _PATIENCE_SECONDS = 2.0
 """An engine's start waits so long for tiers to be measured; slower ones are known later."""
 
 _BETWEEN_MEASURES_S = 5.0
-"""Where what was fetched last is not kept anywhere near, reading only tells how fast it goes: so often is enough."""
+"""Where what was fetched last came no nearer, reading only tells how fast it goes: one chunk so often is enough."""
 
 _IN_LINE = 4
 """Requests whose chunks wait to be fetched; those of more are let go, somebody will want them again."""
@@ -69,12 +70,21 @@ class Scout:
         self._thread.join(_PATIENCE_SECONDS)
 
     def _work(self) -> None:
-        near = [tier for tier in self._store.tiers if not tier.remote]
-        kept, last = True, 0.0
+        tiers = self._store.tiers
+        comes_near, last = len(tiers) > 1, -math.inf
         while (keys := self._queue.get()) is not None and not self._closed:
-            if kept or time.monotonic() - last >= _BETWEEN_MEASURES_S:
-                came = self._read(keys)
-                kept, last = not came or any(tier.contains(key) for tier in near for key in keys), time.monotonic()
+            if not comes_near and time.monotonic() - last < _BETWEEN_MEASURES_S:
+                continue
+            keys = keys if comes_near else keys[:1]
+            before = [self._depth(key) for key in keys]
+            if self._read(keys) and any(before):
+                comes_near = any(self._depth(key) < depth for key, depth in zip(keys, before, strict=True))
+            last = time.monotonic()
+
+    def _depth(self, key: str) -> int:
+        """How many of this machine's tiers would have to be passed to find a chunk; 0: it is as near as can be."""
+        near = [tier for tier in self._store.tiers if not tier.remote]
+        return next((depth for depth, tier in enumerate(near) if tier.contains(key)), len(near))
 
     def _measure(self, keys: Sequence[str]) -> None:
         found: dict[str, list[str]] = {}
