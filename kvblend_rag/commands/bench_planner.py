@@ -78,7 +78,7 @@ def setups(chunk_tokens: int, remote: str | None) -> list[Setup]:
             (
                 usual,
                 Case("short chunks", 6 * chunk_tokens // 32, 32),
-                Case("one short chunk", 1, 32, times=4),
+                Case("one short chunk", 1, 32, times=8),
                 Case("a long question", 2, chunk_tokens, 4 * chunk_tokens),
                 Case("nothing is known", 6, chunk_tokens, known=False),
                 Case("busy engine", 6, chunk_tokens, answering=4),
@@ -89,7 +89,7 @@ def setups(chunk_tokens: int, remote: str | None) -> list[Setup]:
             (Case("on disk", 6, chunk_tokens), Case("cold disk", 6, chunk_tokens, cold=True)),
             settings={"max_memory_gb": 0.0},
         ),
-        Setup("tiny model", (Case("tiny model", 6, chunk_tokens, times=4),), shape=TINY),
+        Setup("tiny model", (Case("tiny model", 6, chunk_tokens, times=8),), shape=TINY),
     ]
     if remote is not None:
         settings = {"max_memory_gb": 0.0, "max_disk_gb": 0.0, "remote": (remote,)}
