@@ -71,8 +71,8 @@ class Traffic:
     """Prompts: some chunks by Zipf's law, without repeats, and a question."""
 
     def __init__(self, words: int, population: int, chunk_tokens: int, per_prompt: int) -> None:
-        self._rng, self._words, self._per_prompt = np.random.default_rng(0), words, per_prompt
-        self.chunks = [self._text(chunk_tokens) for _ in range(population)]
+        rng, self._words, self._per_prompt = np.random.default_rng(0), words, per_prompt
+        self.chunks = [self._text(rng, chunk_tokens) for _ in range(population)]
         weights = 1.0 / np.arange(1, population + 1)
         self._shares = weights / weights.sum()
 
@@ -80,10 +80,12 @@ class Traffic:
         """The same for the same seed."""
         rng = np.random.default_rng(seed)
         drawn = (rng.choice(len(self.chunks), self._per_prompt, replace=False, p=self._shares) for _ in range(count))
-        return [" ".join([*(self.chunks[index] for index in chosen), self._text(QUESTION_TOKENS)]) for chosen in drawn]
+        return [
+            " ".join([*(self.chunks[index] for index in chosen), self._text(rng, QUESTION_TOKENS)]) for chosen in drawn
+        ]
 
-    def _text(self, tokens: int) -> str:
-        return " ".join(word(int(index)) for index in self._rng.integers(100, self._words, tokens))
+    def _text(self, rng: np.random.Generator, tokens: int) -> str:
+        return " ".join(word(int(index)) for index in rng.integers(100, self._words, tokens))
 
 
 class Server:
@@ -262,9 +264,7 @@ def main() -> None:
             keep("kvblend serve, blending off", measure(blending, rate, {"blend": False}))
             blending.ingest(traffic.chunks)
             for arm, blend in ARMS.items():
-                blending.measure(
-                    traffic.prompts(6, 0), 0.5 if rate < 2 else 2, {"kv_transfer_params": {"kvblend": blend}}, folder
-                )
+                measure(blending, rate, blend, seed=0)  # warms up
                 result["rate_at_plain_p95"][arm] = 0.0
                 for factor in given.factors:
                     row = keep(arm, {"factor": factor, **measure(blending, rate * factor, blend)})
