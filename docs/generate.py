@@ -727,7 +727,8 @@ def faults() -> str:
     load, orders = _torture("load"), _torture("orders")
     answered = sum(count for what, count in load["requests"].items() if what.endswith("answered"))
     left = sum(load["requests"].values()) - answered
-    grown = [f"{name} {samples[-1] / samples[len(samples) // 2] - 1:+.1%}" for name, samples in _processes(load)]
+    names = {"client": "client", "server": "server", "VLLM::EngineCor": "engine", "VLLM::Worker": "worker"}
+    grown = [f"{shown} {load['memory_growth'][name]:+.1%}" for name, shown in names.items()]
     ratio = orders["last_to_first"]
     rows = [
         [
@@ -743,7 +744,7 @@ def faults() -> str:
             f"{len(damage['wrong'])} wrong",
         ],
         [
-            f"{load['clients']} streaming clients for {load['seconds'] / 60:g} minutes",
+            f"{load['clients']} streaming clients of `kvblend serve` for {load['seconds'] / 60:g} minutes",
             f"{answered:,} answers, {left:,} streams left early, {load['preemptions']:,} preemptions; memory in the "
             f"second half: {', '.join(grown)}",
             f"{len(load['wrong'])} wrong, stuck or leaked",
@@ -762,11 +763,6 @@ def faults() -> str:
 def _torture(what: str) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((RESULTS / f"torture-{what}.json").read_text(encoding="utf-8"))
     return loaded
-
-
-def _processes(load: dict[str, Any]) -> list[tuple[str, list[int]]]:
-    names = {"client": "client", "VLLM::EngineCor": "engine", "VLLM::Worker": "worker"}
-    return [(names[name], samples) for name, samples in load["memory_bytes"].items() if name in names]
 
 
 def own_documents() -> str:

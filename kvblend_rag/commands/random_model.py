@@ -1,6 +1,7 @@
 """A small Llama with random weights whose attention matters: what it answers depends on every token of a prompt.
 
-vLLM's own dummy weights are near zero, and so are the differences between what such a model answers.
+vLLM's own dummy weights are near zero, and so are the differences between what such a model answers. Every id is a
+word of its tokenizer, so that a server has something to decode.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _SCALE = 0.06
 
 
 def write_random_model(folder: Path, *, layers: int = 4, hidden: int = 128, seed: int = 0) -> Path:
-    """Write configuration and weights, to be loaded without a tokenizer.
+    """Write configuration, weights and tokenizer.
 
     Args:
         folder: created when missing.
@@ -70,7 +71,18 @@ def write_random_model(folder: Path, *, layers: int = 4, hidden: int = 128, seed
             f"{name}.mlp.down_proj.weight": matrix(hidden, 2 * hidden),
         }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_tokenizer(folder)
     return folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0", "bos_token": "w1", "eos_token": "w2"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 __all__ = ["VOCABULARY", "write_random_model"]

@@ -51,10 +51,11 @@ def store(*, rounds: int = 100, writers: int = 2, seed: int = 0, json: str | Non
 
 
 def load(*, clients: int = 500, minutes: float = 10.0, seed: int = 0, json: str | None = None) -> int:
-    """Streaming clients at once, some of whom leave, on a cache too small for them; 1 when an answer was wrong.
+    """Streaming clients of a server at once, some of whom leave, on a cache too small; 1 when an answer was wrong.
 
     Raises:
         ConfigError: numbers that can't be used.
+        EngineUnavailable: the server did not start, or has ended.
     """
     if clients < 1 or minutes <= 0:
         raise ConfigError("Give --clients of 1 or more, and --minutes above 0.")
@@ -65,8 +66,10 @@ def load(*, clients: int = 500, minutes: float = 10.0, seed: int = 0, json: str 
         result = torture_load.run(
             Path(folder), clients=clients, minutes=minutes, seed=seed, show=lambda text: terminal.err().print(text)
         )
+    grown = [f"{name} {growth:+.1%}" for name, growth in result["memory_growth"].items()]
     terminal.prose(json).print(
-        f"{clients} clients, {minutes:g} minutes, {result['preemptions']:,} preemptions: {_listed(result['requests'])}."
+        f"{clients} clients, {minutes:g} minutes, {result['preemptions']:,} preemptions, "
+        f"{_listed(result['requests'])}; memory in the second half: {', '.join(grown)}."
     )
     return _told(result, before, json)
 

@@ -1,8 +1,9 @@
-"""Many streaming clients at once, some of whom leave: is every answer right, is anything stuck or left behind?
+"""Many streaming clients of a server at once, some of whom leave: is every answer right, is anything stuck or left?
 
-A small model with random weights in float32, a cache that is too small for all, so that requests are preempted, and
-the prefix cache on. Each client asks, reads the stream, and in some cases leaves it, again and again. What they ask
-comes from a set of prompts whose answers are known: asked alone before, on an empty prefix cache.
+`kvblend serve` in a process of its own, asked over HTTP as any client asks it. A small model with random weights in
+float32, a cache that is too small for all, so that requests are preempted, and the prefix cache on. Each client asks,
+reads the stream, and in some cases leaves it, again and again. What they ask comes from a set of prompts whose answers
+are known: asked alone before, on an empty prefix cache.
 
 - ``plain`` and ``everything`` (all reused tokens recomputed) must give the plain answer.
 - ``none`` (nothing recomputed) and ``question`` must give what the same request gave alone. A blend that begins
@@ -17,24 +18,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from kvblend_rag.blend.chunk import TokenIds, as_token_ids
-from kvblend_rag.commands.arms import greedy
 from kvblend_rag.commands.random_model import VOCABULARY, write_random_model
+from kvblend_rag.commands.server_process import ServerProcess, running
 from kvblend_rag.config import BlendConfig
-
-if TYPE_CHECKING:
-    from kvblend_rag.llm import LLM
+from kvblend_rag.conversation.sampling import Sampling
+from kvblend_rag.kvblend import KVBlend
+from kvblend_rag.output import RequestOutput
 
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {"blend": False},
@@ -51,7 +54,9 @@ _TIE = 2e-3
 """Nats between the two likeliest tokens, below which either is right."""
 
 _STUCK_SECONDS = 120.0
-_BLOCK = 128
+_LOOK_SECONDS = 1.0
+"""Between two looks at the server's counter of preemptions."""
+
 _GROWTH = 96 << 20
 """Bytes that a process may grow by: allocators keep what they once had."""
 
@@ -80,74 +85,69 @@ def run(
     """Ask for so long.
 
     Args:
-        folder: an empty one, for model and store.
+        folder: an empty one, for model, store and the server's log.
         clients: at once.
         minutes: of load.
         seed: of prompts and clients.
         show: told how it goes.
 
     Returns:
-        JSON-able: requests by arm and outcome, preemptions, memory of each process by minute; ``wrong``, a sentence
-        a violation.
-    """
-    from kvblend_rag.llm import LLM
+        JSON-able: requests by arm and outcome, preemptions, memory of each process by time and its growth from the
+        middle to the end; ``wrong``, a sentence a violation.
 
+    Raises:
+        EngineUnavailable: the server did not start.
+    """
     model = write_random_model(folder / "model")
-    config = BlendConfig(
-        store_path=str(folder / "store"),
-        ingest_context="none",
-        chunk_size=256,
-        min_run=1,
-        max_memory_gb=0.004,
-        planner=False,
-    )
-    options = {
-        "dtype": "float32",
-        "skip_tokenizer_init": True,
-        "enforce_eager": True,
-        "max_model_len": 1024,
-        "max_num_seqs": 32,
-        "max_num_batched_tokens": 1024,
-        "num_gpu_blocks_override": 64,
-        "kv_cache_memory_bytes": 1 << 28,
-        "disable_log_stats": False,
-    }
-    with LLM(model, config=config, **options) as llm:
-        return _Load(llm, clients, random.Random(seed), np.random.default_rng(seed)).run(60 * minutes, show)
+    settings = {"ingest_context": "none", "chunk_size": 256, "min_run": 1, "max_memory_gb": 0.004, "planner": False}
+    command = [sys.executable, "-m", "kvblend_rag.cli", "serve", str(model), "--store", str(folder / "store")]
+    command += [f"--set={name}={json.dumps(value)}" for name, value in settings.items()]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "32"]
+    command += ["--max-num-batched-tokens", "1024", "--num-gpu-blocks-override", "64"]
+    command += ["--kv-cache-memory-bytes", str(1 << 28), "--disable-uvicorn-access-log"]
+    with (
+        running(command, folder, VLLM_SERVER_DEV_MODE="1") as server,  # for its route that empties the prefix cache
+        KVBlend(BlendConfig(base_url=f"{server.url}/v1")) as kv,
+    ):
+        return _Load(server, kv, clients, random.Random(seed), np.random.default_rng(seed)).run(60 * minutes, show)
 
 
 class _Load:
-    def __init__(self, llm: LLM, clients: int, draw: random.Random, rng: np.random.Generator) -> None:
-        self._llm, self._clients, self._draw, self._rng = llm, clients, draw, rng
+    def __init__(
+        self, server: ServerProcess, kv: KVBlend, clients: int, draw: random.Random, rng: np.random.Generator
+    ) -> None:
+        self._server, self._kv, self._clients, self._draw, self._rng = server, kv, clients, draw, rng
         self._counts: Counter[str] = Counter()
         self._wrong: list[str] = []
-        self._under_way: dict[int, tuple[float, str]] = {}
+        self._preempted = 0
 
     def run(self, seconds: float, show: Callable[[str], None]) -> dict[str, Any]:
-        llm, engine = self._llm, self._llm.kvblend.engine
+        kv = self._kv
         chunks = [self._tokens(int(size)) for size in self._rng.integers(60, 200, 30)]
-        llm.kvblend.ingest(chunks, progress=False)
+        kv.ingest(chunks, progress=False)
         known = [self._alone(arm, self._prompt(chunks)) for arm in ARMS for _ in range(_PROMPTS)]
-        before = _preemptions()
-        memory = engine.run(self._ask_all(known, seconds, show))
-        if not engine.run(engine.reset_prefix_cache()):
-            self._wrong.append("blocks of the paged cache are still in use when nobody asks any more")
+        before = self._preemptions()
+        memory = kv.engine.run(self._ask_all(known, seconds, show))
+        self._wrong += self._left_behind()
         again = [self._alone(each.arm, each.prompt) for each in known[:: _PROMPTS // 2]]
         for one, other in zip(known[:: _PROMPTS // 2], again, strict=True):
             if one.differs(other.token_ids):
                 self._wrong.append(f"{one.arm}: after the load, the same request alone gives another answer")
-        preempted = _preemptions() - before
+        preempted = self._preemptions() - before
         if not preempted:
             self._wrong.append("nothing was preempted: the cache was not too small")
         for name, sizes in memory.items():
             if len(sizes) > 2 and sizes[-1] - sizes[len(sizes) // 3] > _GROWTH:
                 self._wrong.append(f"{name} grew from {sizes[len(sizes) // 3]:,} to {sizes[-1]:,} bytes")
+        if "Traceback" in self._server.log.read_text(errors="replace"):
+            self._wrong.append("the server's log has a traceback")
         return {
             "clients": self._clients,
             "seconds": seconds,
             "requests": dict(sorted(self._counts.items())),
             "preemptions": preempted,
             "memory_bytes": memory,
+            "memory_growth": {name: round(sizes[-1] / sizes[len(sizes) // 2] - 1, 5) for name, sizes in memory.items()},
             "wrong": self._wrong,
         }
 
@@ -155,16 +155,17 @@ class _Load:
         self, known: Sequence[Asked], seconds: float, show: Callable[[str], None]
     ) -> dict[str, list[int]]:
         until = time.monotonic() + seconds
+        looking = asyncio.ensure_future(self._look())
         tasks = [asyncio.ensure_future(self._client(index, known, until)) for index in range(self._clients)]
         memory: dict[str, list[int]] = {}
         interval = max(min(20.0, seconds / 6), 1.0)
         while time.monotonic() < until:
             await asyncio.sleep(min(interval, max(until - time.monotonic(), 0.01)))
-            for name, size in _resident().items():
+            for name, size in _resident(self._server.pid).items():
                 memory.setdefault(name, []).append(size)
             show(f"{sum(self._counts.values()):,} answers, {len(self._wrong)} wrong")
         _, stuck = await asyncio.wait(tasks, timeout=_STUCK_SECONDS)
-        for task in stuck:
+        for task in (*stuck, looking):
             task.cancel()
         if stuck:
             self._wrong.append(f"{len(stuck)} requests were not answered within {_STUCK_SECONDS:g} s of the last one")
@@ -178,18 +179,19 @@ class _Load:
         while time.monotonic() < until:
             asked = draw.choice(known)
             leave = draw.randrange(_ANSWER) if draw.random() < _LEAVING else None
-            before = _preemptions()
+            before = self._preempted
             found: list[int] = []
-            async for output in self._llm.stream(asked.prompt, _sampling(), blend=ARMS[asked.arm]):
-                found = list(output.outputs[0].token_ids)
-                if leave is not None and len(found) > leave:
-                    break
+            async with contextlib.aclosing(self._stream(asked)) as outputs:
+                async for output in outputs:
+                    found += [token for each in output.outputs for token in each.token_ids]
+                    if leave is not None and len(found) > leave:
+                        break
             outcome = "answered" if leave is None else "left"
             differs = asked.differs(found)
             if differs and asked.arm == "question":
-                await asyncio.sleep(1.0)  # its counter comes a step behind
+                await asyncio.sleep(_LOOK_SECONDS)  # the counter comes a step behind
                 whole = leave is None and output.report.cached_tokens == 0
-                differs = whole and _preemptions() == before
+                differs = whole and await asyncio.to_thread(self._preemptions) == before
             if differs:
                 outcome = "wrong"
                 self._wrong.append(f"{asked.arm}: {found} in place of {list(asked.token_ids[: len(found)])}")
@@ -201,18 +203,39 @@ class _Load:
                 self._wrong.append(f"{asked.arm}: not blended: {output.report.reason}")
             self._counts[f"{asked.arm} {outcome}"] += 1
 
+    async def _look(self) -> None:
+        while True:
+            self._preempted = await asyncio.to_thread(self._preemptions)
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def _preemptions(self) -> int:
+        return int(self._server.metric("vllm:num_preemptions_total"))
+
+    def _left_behind(self) -> Iterator[str]:
+        """What the server still holds when nobody asks any more; it may be a moment until it knows who has left."""
+        end = time.monotonic() + _STUCK_SECONDS
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+        while (under_way := sum(map(self._server.metric, names))) or not self._server.reset_prefix_cache():
+            if time.monotonic() > end:
+                yield f"when nobody asks any more, {under_way:g} requests are under way or blocks are in use"
+                return
+            time.sleep(0.5)
+
     def _alone(self, arm: str, prompt: TokenIds) -> Asked:
         """What a request gives alone; where everything is recomputed, what plain vLLM gives."""
-        engine = self._llm.kvblend.engine
-        engine.run(engine.reset_prefix_cache())
+        self._server.reset_prefix_cache()
         reference = ARMS["plain" if arm == "everything" else arm]
-        (output,) = self._llm.generate([prompt], _sampling(logprobs=2), blend=reference)
+        output = self._kv.engine.run(_last(self._kv.stream(prompt, _sampling(logprobs=True), blend=reference)))
         completion = output.outputs[0]
         margins = []
         for choices in completion.logprobs or ():
             best = sorted((choice.logprob for choice in choices.values()), reverse=True)
             margins.append(best[0] - best[1])
         return Asked(arm, prompt, tuple(completion.token_ids), tuple(margins))
+
+    def _stream(self, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
+        sampling = self._kv.engine.sampling(_sampling(), stream=True)
+        return self._kv.stream(asked.prompt, sampling, blend=ARMS[asked.arm])
 
     def _prompt(self, chunks: Sequence[TokenIds]) -> TokenIds:
         """A header of its own, so that no other prompt's exact blocks are hit, and some chunks in a new order."""
@@ -224,24 +247,24 @@ class _Load:
         return self._rng.integers(5, VOCABULARY, count).astype(np.int32)
 
 
-def _sampling(**more: Any) -> Any:
-    return greedy(_ANSWER, ignore_eos=True, detokenize=False, **more)
-
-
-def _preemptions() -> int:
-    from prometheus_client import REGISTRY
-
-    found = (
-        sample.value
-        for metric in REGISTRY.collect()
-        for sample in metric.samples
-        if sample.name == "vllm:num_preemptions_total"
+def _sampling(*, logprobs: bool = False) -> Sampling:
+    return Sampling(
+        temperature=0.0,
+        max_tokens=_ANSWER,
+        logprobs=logprobs,
+        top_logprobs=2 if logprobs else 0,
+        extra={"ignore_eos": True},
     )
-    return int(sum(found))
 
 
-def _resident() -> dict[str, int]:
-    """Bytes in memory of this process and of those it started, by name."""
+async def _last(outputs: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
+    async for output in outputs:
+        last = output
+    return last
+
+
+def _resident(server: int) -> dict[str, int]:
+    """Bytes in memory of this process and of those it started, by name; ``server`` is the front end's."""
     parents, names, sizes = {}, {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has just ended
@@ -254,7 +277,7 @@ def _resident() -> dict[str, int]:
         ours |= more
     found: dict[str, int] = {}
     for pid in ours:
-        name = "client" if pid == os.getpid() else names[pid]
+        name = {os.getpid(): "client", server: "server"}.get(pid, names[pid])
         found[name] = found.get(name, 0) + sizes[pid]
     return found
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import os
 import re
-import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -22,7 +18,8 @@ from typing import Any
 
 import pytest
 
-START_S = 600
+from kvblend_rag.commands import server_process
+
 API_KEY = "a-key-of-the-tests"
 MODEL = "tiny"
 SEEN_TIMES = 3
@@ -75,45 +72,11 @@ class Server:
         return dict(job)
 
 
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
-
 @contextlib.contextmanager
 def running(command: list[str], folder: Path, **environment: str) -> Iterator[Server]:
     """A server process on a free port, until the block ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = folder / "log.txt"
-    with log.open("w") as lines:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            stdout=lines,
-            stderr=lines,
-            start_new_session=True,
-            env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **environment},
-        )
-    made = Server(f"http://127.0.0.1:{port}", log)
-    try:
-        end = time.monotonic() + START_S
-        while not _healthy(made.url):
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < end, log.read_text()[-4000:]
-            time.sleep(0.5)
-        yield made
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+    with server_process.running(command, folder, VLLM_LOGGING_LEVEL="INFO", **environment) as process:
+        yield Server(process.url, process.log)
 
 
 @contextlib.contextmanager
