@@ -3,6 +3,9 @@
 The engine reads from disk each time (``local_device="disk"``), so that what a test does to a file is seen.
 """
 
+import re
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +44,14 @@ def _write(path, key, kv):
     layout = StoreLayout(path.parents[2])
     token_ids = np.arange(kv.shape[2], dtype=np.int32)
     write_chunk(layout, path, encode_chunk(layout, StoredChunk(key, "another model", token_ids, kv), (0, 1)))
+
+
+def _fallbacks():
+    """By reason, as ``/metrics`` shows them."""
+    from prometheus_client import REGISTRY, generate_latest
+
+    line = r'^vllm:kvblend_fallbacks_total\{.*reason="(\w+)".*\} (\S+)$'
+    return {reason: float(n) for reason, n in re.findall(line, generate_latest(REGISTRY).decode(), re.MULTILINE)}
 
 
 FAULTS = {
@@ -86,7 +97,13 @@ def test_a_faulty_chunk_gives_the_plain_answer_and_the_reason(rig, fault, select
     assert whole.report.blended
     assert whole.token_ids != plain.token_ids or whole.difference(plain) > TOLERANCE
     damage(rig, rig.file(chunk), rig.key(chunk))
+    before = _fallbacks()
     (answer,) = rig.fresh([prompt], selector=selector)
+    reason = "missing" if fault == "missing" else "damaged"
+    expected, end = {**before, reason: before.get(reason, 0) + 1}, time.monotonic() + 10
+    while _fallbacks() != expected and time.monotonic() < end:  # an answer is out before it is counted
+        time.sleep(0.05)
+    assert _fallbacks() == expected
     assert answer.difference(plain) < TOLERANCE
     report = answer.report
     assert why in report.reason

@@ -3,7 +3,9 @@ nothing; what is reused of a prompt, and that nothing else changes, does."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections import Counter
 
 import pytest
 
@@ -12,6 +14,9 @@ pytest.importorskip("openai")
 
 import httpx
 import openai
+
+from kvblend_rag import KVBlend
+from kvblend_rag.store import Catalogue
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -43,6 +48,22 @@ def asked(server, text, **more):
 
 def of(answer):
     return answer.model_extra["kv_transfer_params"]["kvblend"]
+
+
+@contextlib.contextmanager
+def counted(server, **expected):
+    """So many fallbacks of each reason, and none of another, are shown on ``/metrics`` for what the block asks."""
+
+    def shown():
+        kind = "fallbacks "
+        return Counter({name.removeprefix(kind): n for name, n in server.metrics().items() if name.startswith(kind)})
+
+    before = shown()
+    yield
+    end = time.monotonic() + 10
+    while (found := shown() - before) != expected and time.monotonic() < end:  # an answer is out before it is counted
+        time.sleep(0.1)
+    assert found == expected
 
 
 def test_a_server_in_short(stored):
@@ -102,16 +123,31 @@ class TestFully:
             extra = {"kv_transfer_params": {"kvblend": options}}
             return of(asked(stored, prompt(start, "d0", "d3"), extra_body=extra))
 
-        off = with_options("Off.", blend=False)
+        with counted(stored, asked=1):
+            off = with_options("Off.", blend=False)
         assert (off["blended"], off["reason"]) == (False, "the request asked for an ordinary prefill")
         none = with_options("None.", selector="none")
         assert none["recomputed_tokens"] == 0 < none["reused_tokens"]
         exact = with_options("Exact.", exact=True)
         assert exact["reused_tokens"] == 0 < exact["recomputed_tokens"]
-        wrong = with_options("Wrong.", ratoi=0.5)
+        with counted(stored, options=1):
+            wrong = with_options("Wrong.", ratoi=0.5)
         assert "did you mean 'ratio'?" in wrong["reason"]
-        other = with_options("Another tenant.", tenant="somebody")
+        with counted(stored, empty=1):
+            other = with_options("Another tenant.", tenant="somebody")
         assert other["reason"] == "the store holds no chunks for this model and ingest context"
+
+    def test_a_fault_is_counted_by_its_reason(self, stored):
+        """A chunk that another process has listed in the store, and whose file is gone."""
+        text = "Lost. " + " ".join(f"Sheet {j} of the file was mislaid." for j in range(20))
+        with KVBlend.from_config(base_url=f"{stored.url}/v1", api_key=stored.key) as kv:
+            ((key, token_ids),) = kv.cut(text)
+            with contextlib.closing(Catalogue(stored.log.parent / "store")) as catalogue:
+                catalogue.add(key, kv.namespace, token_ids, 0, 1, 1)
+        with counted(stored, missing=1):
+            report = of(asked(stored, f"Find it. {text} And then?"))
+        assert "is not in the store" in report["reason"]
+        assert stored.metrics()["requests fallback"] >= 1
 
     def test_exact_is_the_answer_of_plain_vllm(self, stored):
         text = prompt("The very same.", "d2", "d1", "d0")
