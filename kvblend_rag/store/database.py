@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 from kvblend_rag.errors import StoreError, StoreFull
 from kvblend_rag.store.layout import StoreLayout
@@ -24,6 +26,9 @@ class Database:
     They are two because ``PRAGMA data_version`` tells only of commits by other connections.
     Commits are fsynced (``synchronous=FULL``): the cheaper NORMAL may lose the last ones in a power cut,
     and an acknowledged ingest must survive one. That is one fsync beside the tensors' two.
+
+    Each use looks whether it is still this file that stands at the path, and turns to another that took its place: a
+    device that failed, or turned read-only, is mounted anew. While nothing stands there, what is open still answers.
     """
 
     def __init__(self, layout: StoreLayout, schema: str, version: int) -> None:
@@ -32,35 +37,58 @@ class Database:
         Raises:
             StoreError: it is damaged, of a later version, or can't be written.
         """
+        self._layout, self._schema, self._format = layout, schema, version
         self._path = layout.catalogue
         self._lock = {True: threading.RLock(), False: threading.RLock()}
-        with self._explained(), layout.lock():  # turning WAL on doesn't wait for other openers
-            self._writer = self._connect()
-            self._reader = self._connect()
-            (found,) = self._writer.execute("PRAGMA user_version").fetchone()
-            if found > version:
+        self._openings = 0
+        self._closed = False
+        self.fresh = self._open()
+        """Whether the file was made when it was opened first."""
+
+    def _open(self) -> bool:
+        """Open what stands at the path; whether it was made now."""
+        with self._explained(), self._layout.lock():  # turning WAL on doesn't wait for other openers
+            writer, reader = self._connect(), self._connect()
+            (found,) = writer.execute("PRAGMA user_version").fetchone()
+            if found > self._format:
                 raise StoreError(
-                    f"{self._path} has format {found}, and this release reads {version}: "
+                    f"{self._path} has format {found}, and this release reads {self._format}: "
                     "upgrade kvblend-rag, or choose another store_path."
                 )
-            self.fresh = not found
-            """Whether the file was made now."""
-            self._claim(layout.seal)
-            if found < version:
-                self._writer.executescript(f"{schema}; PRAGMA user_version = {version};")
+            self._claim(writer, self._layout.seal)
+            if found < self._format:
+                writer.executescript(f"{self._schema}; PRAGMA user_version = {self._format};")
+            self._file = _identity(self._path)
+        self._writer, self._reader = writer, reader
+        self._openings += 1
+        return not found
 
-    def _claim(self, seal: Seal | None) -> None:
+    def _follow(self) -> None:
+        """Turn to another file that stands at the path now."""
+        if _identity(self._path) in (self._file, None):
+            return
+        with self._lock[True], self._lock[False]:
+            if self._closed or _identity(self._path) in (self._file, None):  # another thread was faster
+                return
+            former = self._writer, self._reader
+            self._open()
+            for connection in former:
+                with contextlib.suppress(sqlite3.Error):  # its device may be read-only, or gone
+                    connection.close()
+
+    def _claim(self, writer: sqlite3.Connection, seal: Seal | None) -> None:
         """Keep a store that is encrypted from being used without its key, which would look like damage."""
-        (owner,) = self._writer.execute("PRAGMA application_id").fetchone()
+        (owner,) = writer.execute("PRAGMA application_id").fetchone()
         mine = 0 if seal is None else int.from_bytes(seal.key_id, "little", signed=True)
         if owner not in (0, mine):
             raise Sealed(f"{self._path} is encrypted with another key: set encryption_key to the one it was made with.")
         if mine != owner:
-            self._writer.execute(f"PRAGMA application_id = {mine}")
+            writer.execute(f"PRAGMA application_id = {mine}")
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """A transaction that no other writer runs beside; an exception undoes it."""
+        self._follow()
         with self._lock[True], self._explained():
             self._writer.execute("BEGIN IMMEDIATE")
             try:
@@ -74,6 +102,7 @@ class Database:
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """A transaction that sees one moment."""
+        self._follow()
         with self._lock[False], self._explained():
             self._reader.execute("BEGIN")
             try:
@@ -83,9 +112,11 @@ class Database:
                     self._reader.execute("COMMIT")
 
     def version(self) -> int:
-        """A number that differs whenever somebody committed in between; 5 µs, so no transaction."""
+        """A number that differs whenever somebody committed in between; some 7 µs, so no transaction."""
+        self._follow()
         with self._lock[False], self._explained():
-            return int(self._reader.execute("PRAGMA data_version").fetchone()[0])
+            # SQLite counts by connection, and a new one begins anew
+            return (self._openings << 32) + int(self._reader.execute("PRAGMA data_version").fetchone()[0])
 
     def verify(self) -> None:
         """Read the whole file.
@@ -101,6 +132,7 @@ class Database:
     def close(self) -> None:
         """Close both connections; a second call does nothing."""
         with self._lock[True], self._lock[False]:
+            self._closed = True
             self._reader.close()
             self._writer.close()
 
@@ -136,6 +168,15 @@ class Database:
             f"The catalogue {self._path} is damaged ({text}): stop what uses the store and run "
             "`kvblend store check --repair`, which rebuilds it from the chunk files."
         )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and number of the file at a path; None where none is."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 __all__ = ["CatalogueDamaged", "Database"]

@@ -131,14 +131,22 @@ def test_a_tier_that_fails_is_stood_in_for_by_the_next(far, wires, mode):
     blends_again(rig, prompt, whole)
 
 
+def mounted(image, folder):
+    """Whether the file system of an image stands at a folder; after an error the kernel makes it read-only."""
+    return not subprocess.run(
+        ["mount", "-o", "loop,errors=remount-ro", str(image), str(folder)], capture_output=True
+    ).returncode
+
+
 @pytest.fixture(scope="module")
 def device(rigs, tmp_path_factory):
-    """An engine whose store is a file system of its own."""
-    folder = tmp_path_factory.mktemp("device")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
-    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+    """An engine whose store is a file system of its own, and that one's image."""
+    folder, image = tmp_path_factory.mktemp("device"), tmp_path_factory.mktemp("image") / "image"
+    make = ["mkfs.ext4", "-q", "-m", "0", str(image), "24m"]
+    tools = shutil.which("mount") and shutil.which("mkfs.ext4")
+    if os.geteuid() or not tools or subprocess.run(make, capture_output=True).returncode or not mounted(image, folder):
         pytest.skip("mounting a file system needs root")
-    yield rigs.get("llama", blocks=24, local_device="disk", store_path=str(folder / "store")), folder
+    yield rigs.get("llama", blocks=24, local_device="disk", store_path=str(folder / "store")), folder, image
     rigs.close()
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
@@ -150,7 +158,7 @@ def asked(rig, seed):
 
 
 def test_a_full_device(device):
-    rig, folder = device
+    rig, folder, _ = device
     chunk, prompt, _ = asked(rig, 7200)
     rig.store(chunk)
     (whole,) = rig.fresh([prompt], selector="none")
@@ -172,7 +180,7 @@ def test_a_full_device(device):
 
 
 def test_a_device_that_is_gone_and_comes_back(device):
-    rig, folder = device
+    rig, folder, _ = device
     chunk, prompt, plain = asked(rig, 7210)
     rig.store(chunk)
     (whole,) = rig.fresh([prompt], selector="none")
@@ -191,22 +199,54 @@ def test_a_device_that_is_gone_and_comes_back(device):
     blends_again(rig, prompt, whole)
 
 
-def test_a_device_that_is_read_only_for_a_while(device):
-    rig, folder = device
-    chunk, prompt, _ = asked(rig, 7220)
+@contextlib.contextmanager
+def locked_mount(folder, image):
+    """The folder is read-only for whoever opens a file in it; what is open can still be written."""
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+    try:
+        yield "mount it writable, or choose another store_path."
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@contextlib.contextmanager
+def locked_device(folder, image):
+    """The kernel has found an error and writes nothing any more, also of what is open; then another device is there.
+
+    The same one can't be mounted writable while somebody has a file of it open.
+    """
+    (name,) = (line.split()[0] for line in Path("/proc/mounts").read_text().splitlines() if f" {folder} " in line)
+    Path(f"/sys/fs/ext4/{Path(name).name}/trigger_fs_error").write_text("1")
+    try:
+        yield "check the device."
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+        repaired = image.with_name("repaired")
+        shutil.copyfile(image, repaired)
+        assert subprocess.run(["e2fsck", "-fy", repaired], capture_output=True).returncode in (0, 1)
+        assert mounted(repaired, folder)
+
+
+@pytest.mark.parametrize("lock", [locked_mount, locked_device])
+def test_a_device_that_is_read_only_for_a_while(device, lock):
+    rig, folder, image = device
+    chunk, prompt, plain = asked(rig, 7220 + len(lock.__name__))
+    other, other_prompt, other_plain = asked(rig, 7240 + len(lock.__name__))
     rig.store(chunk)
     (whole,) = rig.fresh([prompt], selector="none")
-    # A mount whose files are open for writing stays writable; the folders lose their permission to write instead.
-    made = subprocess.run(["mount", "-o", "remount,ro", str(folder)], capture_output=True)
-    if made.returncode:
-        pytest.skip("the device is in use: " + made.stderr.decode().strip())
-    try:
+    with lock(folder, image) as advice:
+        with pytest.raises(OSError, match="Read-only file system"):
+            (folder / "file").touch()
         blends_again(rig, prompt, whole, seconds=1)
-        other, other_prompt, other_plain = asked(rig, 7221)
-        with pytest.raises(StoreError):
+        with pytest.raises(StoreError, match=f"can't be .*{advice}$"):
             rig.llm.kvblend.ingest([other], progress=False)
         (answer,) = rig.fresh([other_prompt], selector="none")
+        assert not answer.report.blended
         assert answer.difference(other_plain) < TOLERANCE
-    finally:
-        subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+        (exact,) = rig.fresh([prompt], selector="everything")
+        assert exact.difference(plain) < TOLERANCE
     assert rig.llm.kvblend.ingest([other], progress=False).computed == 1
+    (answer,) = rig.fresh([other_prompt], selector="none")
+    assert answer.report.blended
+    blends_again(rig, prompt, whole)

@@ -1,5 +1,7 @@
+import contextlib
 import os
 import random
+import shutil
 import sqlite3
 import threading
 
@@ -331,3 +333,29 @@ def test_a_closed_catalogue_says_so(root):
         catalogue.stats()
     with pytest.raises(StoreError, match="closed"):
         catalogue.add(*row(1))
+
+
+def test_another_file_at_its_place_is_turned_to(root, catalogue, tmp_path):
+    """As after a device was mounted anew; while nothing stands there, what is open answers."""
+    catalogue.add(*row(1))
+    catalogue.changes_since(0, SPACE)
+    path = StoreLayout(root).catalogue
+    shutil.copytree(root, tmp_path / "restored")
+    path.rename(tmp_path / "away")
+    assert not catalogue.changed()
+    assert catalogue.stats()["chunks"] == 1
+    for name in (f"{path.name}-wal", f"{path.name}-shm"):
+        (root / name).unlink()
+    for copied in (tmp_path / "restored").glob(f"{path.name}*"):
+        copied.rename(root / copied.name)
+    assert catalogue.changed()
+    catalogue.add(*row(2))
+    with contextlib.closing(Catalogue(root)) as other:
+        assert other.stats()["chunks"] == 2
+        other.add(*row(3))
+    assert catalogue.stats()["chunks"] == 3
+    catalogue.close()
+    path.rename(tmp_path / "again")
+    Catalogue(root).close()
+    with pytest.raises(StoreError, match="closed"):
+        catalogue.stats()
