@@ -249,7 +249,14 @@ def _bench(verbs: Any) -> None:
     parser.add_argument("--shape", default="small", metavar="NAME", help="of which model; random weights")
     parser.add_argument("--chunk-tokens", type=int, default=200, metavar="N", help="of a usual chunk (default 200)")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="prompts a case (default 9)")
-    parser.add_argument("--remote", metavar="URL", help="a remote tier that is slow")
+    parser.add_argument(
+        "--remote",
+        action="append",
+        default=[],
+        dest="remotes",
+        metavar="URL",
+        help="a remote tier that is slow; again for more",
+    )
     parser.add_argument("--eager", action="store_true", help="start faster: leave vLLM's compilation out")
     _json(parser)
     parser = _verb(

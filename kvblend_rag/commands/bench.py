@@ -122,7 +122,7 @@ def planner(
     shape: str = "small",
     chunk_tokens: int = 200,
     repeats: int = 9,
-    remote: str | None = None,
+    remotes: Sequence[str] = (),
     eager: bool = False,
     json: str | None = None,
 ) -> int:
@@ -135,7 +135,7 @@ def planner(
     longest = 12 * chunk_tokens + 512
     keep = _keeper(json, machine=before)
     result = bench_planner.run(
-        shape, chunk_tokens, repeats, remote, keep, enforce_eager=eager, max_model_len=longest, **_cpu_arguments()
+        shape, chunk_tokens, repeats, remotes, keep, enforce_eager=eager, max_model_len=longest, **_cpu_arguments()
     )
     terminal.prose(json).print(bench_planner.table(result))
     terminal.write_json({"command": _command(), "machine": before, **result}, json)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from kvblend_rag.address import RemoteAddress
 from kvblend_rag.blend.chunk import TokenIds, as_token_ids
 from kvblend_rag.commands.arms import greedy, seconds, spread
 from kvblend_rag.commands.machine import engine_facts
@@ -69,7 +70,7 @@ class Setup:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def setups(chunk_tokens: int, remote: str | None) -> list[Setup]:
+def setups(chunk_tokens: int, remotes: Sequence[str] = ()) -> list[Setup]:
     """The sweep: prompts of six chunks, or about as many tokens."""
     usual = Case("in memory", 6, chunk_tokens)
     found = [
@@ -91,9 +92,10 @@ def setups(chunk_tokens: int, remote: str | None) -> list[Setup]:
         ),
         Setup("tiny model", (Case("tiny model", 6, chunk_tokens, times=8),), shape=TINY),
     ]
-    if remote is not None:
+    for remote in remotes:
+        name = f"slow remote tier, {RemoteAddress.parse(remote).tier}"
         settings = {"max_memory_gb": 0.0, "max_disk_gb": 0.0, "remote": (remote,)}
-        found.append(Setup("remote", (Case("slow remote tier", 6, chunk_tokens),), settings=settings))
+        found.append(Setup(name, (Case(name, 6, chunk_tokens),), settings=settings))
     return found
 
 
@@ -101,7 +103,7 @@ def run(
     shape: str,
     chunk_tokens: int = 200,
     repeats: int = 9,
-    remote: str | None = None,
+    remotes: Sequence[str] = (),
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
     **engine_args: Any,
 ) -> dict[str, Any]:
@@ -110,8 +112,8 @@ def run(
     Args:
         shape: a name in ``shapes.SHAPES``.
         chunk_tokens: of a usual chunk.
-        repeats: prompts of each case, each answered in every way; four times as many where they are short.
-        remote: URL of a remote tier that is slow; the case is left out without one.
+        repeats: prompts of each case, each answered in every way; eight times as many where they are short.
+        remotes: URLs of remote tiers that are slow, a case each.
         keep: called with what there is so far, after each case: what comes after may not end.
         engine_args: any of vLLM's engine arguments.
 
@@ -124,7 +126,7 @@ def run(
         "settings": {"shape": shape, "tiny": TINY, "chunk_tokens": chunk_tokens, "repeats": repeats},
         "rows": [],
     }
-    wanted = setups(chunk_tokens, remote)
+    wanted = setups(chunk_tokens, remotes)
     prompts = sum(case.times * repeats + _WARM_UPS for setup in wanted for case in setup.cases)
     with tqdm(total=prompts, desc="Prompts") as bar:
         for setup in wanted:

@@ -15,11 +15,13 @@ from kvblend_rag.report import BlendReport
 
 
 def test_the_sweep_holds_what_may_not_pay():
-    names = [case.name for setup in setups(200, "redis://h") for case in setup.cases]
-    assert {"short chunks", "cold disk", "slow remote tier", "busy engine", "tiny model"} <= set(names)
+    sweep = setups(200, ["redis://h", "s3://bucket/prefix"])
+    names = [case.name for setup in sweep for case in setup.cases]
+    slow = {"slow remote tier, valkey", "slow remote tier, s3"}
+    assert {"short chunks", "cold disk", "busy engine", "tiny model"} | slow <= set(names)
     assert len(names) == len(set(names))
-    assert "slow remote tier" not in [case.name for setup in setups(200, None) for case in setup.cases]
-    for setup in setups(200, "redis://h"):
+    assert not slow & {case.name for setup in setups(200) for case in setup.cases}
+    for setup in sweep:
         assert setup.shape is None or setup.shape in SHAPES
         for case in setup.cases:
             assert case.chunks * case.chunk_tokens + case.question_tokens + 16 < 12 * 200 + 512
@@ -76,10 +78,14 @@ def test_pages_are_forgotten_and_files_stay(tmp_path):
     assert path.read_bytes() == b"kept" * 10_000
 
 
-@pytest.mark.parametrize("arguments", [["--shape", "huge"], ["--repeats", "0"], ["--chunk-tokens", "0"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [["--shape", "huge"], ["--repeats", "0"], ["--chunk-tokens", "0"], ["--remote", "ftp://host"]],
+    ids=" ".join,
+)
 def test_what_can_not_be_measured(arguments, capsys):
     assert main(["bench", "planner", *arguments]) == 2
-    assert arguments[0] in capsys.readouterr().err
+    assert arguments[-1 if "--remote" in arguments else 0] in capsys.readouterr().err
 
 
 def test_every_prompt_has_a_header_of_its_own(tmp_path):
