@@ -334,6 +334,17 @@ def gpu_question() -> str:
     return table(["", "prompt", "TTFT, reuse only: times sooner", "`first` 10 %", "`question` 10 %"], rows)
 
 
+def gpu_serving() -> str:
+    """Both servers as vLLM's benchmark sees them."""
+    found = json.loads((RESULTS / "gpu-serving-h200.json").read_text(encoding="utf-8"))
+    rows = []
+    for row in found["rows"]:
+        times = [f"{row['ttft_ms'][share]:,.0f}" for share in ("p50", "p95", "p99")]
+        factor = f"{row.get('factor', 1):g}"
+        rows.append([row["arm"], factor, f"{row['rate']:.1f}", f"{row['served_per_second']:.1f}", *times])
+    return table(["", "times the rate", "asked a second", "served a second", "TTFT, ms: p50", "p95", "p99"], rows)
+
+
 def gpu_encodings() -> str:
     """How long encoded chunks take to load on a GPU, alone and in a request."""
     found = json.loads((RESULTS / "gpu-encodings.json").read_text(encoding="utf-8"))

@@ -225,7 +225,6 @@ def main() -> None:
         },
         "machine": machine(),
         "rows": [],
-        "rate_at_plain_p95": {},
     }
 
     def keep(arm: str, row: dict) -> dict:
@@ -265,13 +264,10 @@ def main() -> None:
             blending.ingest(traffic.chunks)
             for arm, blend in ARMS.items():
                 measure(blending, rate, blend, seed=0)  # warms up
-                result["rate_at_plain_p95"][arm] = 0.0
                 for factor in given.factors:
                     row = keep(arm, {"factor": factor, **measure(blending, rate * factor, blend)})
                     if row["ttft_ms"]["p95"] > bound:
                         break
-                    result["rate_at_plain_p95"][arm] = factor
-            given.out.write_text(json.dumps(result, indent=1))
         finally:
             blending.close()
 
