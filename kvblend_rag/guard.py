@@ -75,7 +75,7 @@ class Guard:
         known = next((each for each in await self._engine.call("account", output.request_id) if each), None)
         if known is None:
             return False, Signals()
-        return True, Signals(uncovered_mass=known["uncovered"], moved_mass=known.get("moved"))
+        return True, Signals(uncovered_mass=known["uncovered"], moved_mass=known["moved"])
 
 
 class _Watch:

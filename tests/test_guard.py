@@ -112,7 +112,7 @@ def test_a_blend_met_again_in_the_prefix_cache_is_judged_again(make):
 
 
 def _cached(shelf, request_id, prompt):
-    shelf._accounts[request_id] = {"uncovered": 0.5}
+    shelf._accounts[request_id] = {"uncovered": 0.5, "moved": None}
     return BlendReport(request_id=request_id, prompt_tokens=len(prompt), cached_tokens=len(prompt) - 1)
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from kvblend_rag.commands.word_tokenizer import write_word_tokenizer
+
 VOCABULARY = 4096
 _SCALE = 0.06
 """Three times as large as usual, so that attention is not flat."""
@@ -71,18 +73,8 @@ def write_random_model(folder: Path, *, layers: int = 4, hidden: int = 128, seed
             f"{name}.mlp.down_proj.weight": matrix(hidden, 2 * hidden),
         }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(folder)
+    write_word_tokenizer(folder, VOCABULARY)
     return folder
-
-
-def _write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0", "bos_token": "w1", "eos_token": "w2"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 __all__ = ["VOCABULARY", "write_random_model"]

@@ -38,6 +38,7 @@ class Scout:
 
     def __init__(self, store: TieredStore) -> None:
         self._store = store
+        self._near = [tier for tier in store.tiers if not tier.remote]
         self._queue: queue.Queue[Sequence[str] | None] = queue.Queue(_IN_LINE)
         self._closed = False
         self._loads: list[TierLoad] = []
@@ -70,8 +71,7 @@ class Scout:
         self._thread.join(_PATIENCE_SECONDS)
 
     def _work(self) -> None:
-        tiers = self._store.tiers
-        comes_near, last = len(tiers) > 1, -math.inf
+        comes_near, last = len(self._store.tiers) > 1, -math.inf
         while (keys := self._queue.get()) is not None and not self._closed:
             if not comes_near and time.monotonic() - last < _BETWEEN_MEASURES_S:
                 continue
@@ -83,8 +83,7 @@ class Scout:
 
     def _depth(self, key: str) -> int:
         """How many of this machine's tiers would have to be passed to find a chunk; 0: it is as near as can be."""
-        near = [tier for tier in self._store.tiers if not tier.remote]
-        return next((depth for depth, tier in enumerate(near) if tier.contains(key)), len(near))
+        return next((depth for depth, tier in enumerate(self._near) if tier.contains(key)), len(self._near))
 
     def _measure(self, keys: Sequence[str]) -> None:
         found: dict[str, list[str]] = {}
