@@ -93,9 +93,9 @@ def config(tiny_model: Callable[[str], Path], small_disk: Path | None, tmp_path_
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def llm(config: BlendConfig, rigs: Any) -> Iterator[Any]:
-    """That engine."""
+    """That engine; it ends with these tests, for engines that others start want the memory."""
     from kvblend_rag import LLM
 
     rigs.close()  # one engine at a time
