@@ -38,7 +38,7 @@ _REQUEST_OPTIONS = {
 }
 """A request's options, and the settings they stand for."""
 
-IngestContextKind = Literal["none", "bos", "header", "document", "long"]
+IngestContextKind = Literal["none", "bos", "header", "document", "long", "similar"]
 ScoreLayers = Literal["later", "all", "upper", "middle"]
 
 
@@ -139,7 +139,8 @@ class BlendConfig:
 
     ingest_context: IngestContextKind = "long"
     """What a chunk's KV is computed behind: nothing, the first special token, the prompt's header,
-    the header and a generic document, or the header and three of them (part of the chunk's key)."""
+    the header and a generic document, the header and three of them, or the header, two of them and the tenant's chunk
+    that is most like this one (part of the chunk's key)."""
 
     ingest_documents: tuple[str, ...] = ()
     """Text files with up to three documents of the application's own, to stand in the ingest context in place of the

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
 
@@ -43,6 +43,9 @@ class EngineInfo:
     """Why this model can't be blended; None when it can."""
     header: tuple[int, ...] | None = None
     """Token ids that chunks are computed behind a second time, as openings; None where they are not."""
+    permit: str = field(default="", repr=False)
+    """What an ingest shows the engine to stand behind a companion, which over HTTP nobody may; empty: there are none.
+    """
     architectures: tuple[str, ...] = ()
     """As the model's configuration names them."""
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from kvblend_rag.blend.chunk import TokenIds, as_token_ids, chunk_key, namespace
+from kvblend_rag.blend.companions import MOST, companions
+from kvblend_rag.blend.context import beside
 from kvblend_rag.blend.split import split_text
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.engine import Engine
@@ -57,6 +59,15 @@ class _Pieces:
     reason: str | None = None
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """A chunk that the store lacks."""
+
+    space: str
+    chunk: TokenIds
+    context: TokenIds
+
+
 class Documents(ABC):
     """The chunk store of an engine that looks after it itself, as a server does."""
 
@@ -92,9 +103,10 @@ class Ingester:
         self._engine, self._catalogue, self._config = engine, catalogue, config
         info = engine.info
         self.namespace = namespace(info.fingerprint, info.context, config.tenant)
-        self._contexts = {self.namespace: info.context}
+        self._contexts = {self.namespace: as_token_ids(info.context)}
         if info.header is not None:
-            self._contexts[namespace(info.fingerprint, info.header, config.tenant)] = info.header
+            self._contexts[namespace(info.fingerprint, info.header, config.tenant)] = as_token_ids(info.header)
+        self._neighbours = _Neighbours(catalogue, self.namespace)
         self._longest = min(config.chunk_size, info.max_model_len - len(info.context) - 1)
 
     def cut(self, text: Text) -> list[TokenIds]:
@@ -136,6 +148,8 @@ class Ingester:
         texts: Sequence[Text],
         document_ids: Sequence[str] | None,
         bar: tqdm[Any],
+        *,
+        alone: bool = False,
     ) -> tuple[list[_Pieces], dict[str, TokenIds], dict[str, str]]:
         """Have every chunk of the texts stored.
 
@@ -143,22 +157,22 @@ class Ingester:
             texts: what is cut and computed.
             document_ids: who holds each text's chunks; None: nobody in particular.
             bar: shows how many of the chunks are dealt with.
+            alone: compute the chunks without companions, also where the ingest context has room for one.
 
         Returns:
             Pieces by text; token ids of the chunks that were computed, by key; why chunks were not
             stored, by key.
         """
         # In a thread: the engine's loop goes on answering meanwhile.
-        pieces, tokens, missing = await asyncio.to_thread(self._prepare, texts, document_ids)
-        bar.reset(total=len(tokens))
-        bar.update(len(tokens) - len(missing))
-        wanted = {key: tokens[key] for key in missing}
+        pieces, known, wanted = await asyncio.to_thread(self._prepare, texts, document_ids, alone)
+        bar.reset(total=known + len(wanted))
+        bar.update(known)
         failed = await self._compute(wanted, bar)
-        return pieces, {key: chunk for key, (_, chunk) in wanted.items()}, failed
+        return pieces, {key: each.chunk for key, each in wanted.items()}, failed
 
     def _prepare(
-        self, texts: Sequence[Text], document_ids: Sequence[str] | None
-    ) -> tuple[list[_Pieces], dict[str, tuple[str, TokenIds]], list[str]]:
+        self, texts: Sequence[Text], document_ids: Sequence[str] | None, alone: bool
+    ) -> tuple[list[_Pieces], int, dict[str, _Wanted]]:
         tokens: dict[str, tuple[str, TokenIds]] = {}
         pieces = []
         for text in texts:
@@ -172,7 +186,23 @@ class Ingester:
                 piece.reason = str(error)
             pieces.append(piece)
         self._hold(pieces, document_ids)
-        return pieces, tokens, self._catalogue.missing(tokens)
+        missing = self._catalogue.missing(tokens)
+        wanted = {key: _Wanted(*tokens[key], self._contexts[tokens[key][0]]) for key in missing}
+        if self._engine.info.permit and not alone:
+            self._accompany(wanted, {key: chunk for key, (space, chunk) in tokens.items() if space == self.namespace})
+        return pieces, len(tokens) - len(wanted), wanted
+
+    def _accompany(self, wanted: dict[str, _Wanted], given: dict[str, TokenIds]) -> None:
+        """Put the companions of chunks into what they are computed behind."""
+        separator = self._encode("\n\n")
+        ours = [key for key, each in wanted.items() if each.space == self.namespace]
+        for start in range(0, len(ours), MOST):
+            some = ours[start : start + MOST]
+            among = list(self._neighbours.of({key: given[key] for key in some}).values())
+            for key, at in zip(some, companions([given[key] for key in some], among), strict=True):
+                if at is not None:
+                    context = beside(wanted[key].context, among[at], separator)
+                    wanted[key] = replace(wanted[key], context=context)
 
     def _hold(self, pieces: Iterable[_Pieces], document_ids: Sequence[str] | None) -> None:
         # Holds before rows: a release elsewhere can't take a chunk away between the question and the answer.
@@ -185,20 +215,20 @@ class Ingester:
             by_document.setdefault(document_id, []).extend(piece.keys)
         self._catalogue.hold_all(by_document, tenant)
 
-    async def _compute(self, wanted: dict[str, tuple[str, TokenIds]], bar: tqdm[Any]) -> dict[str, str]:
+    async def _compute(self, wanted: dict[str, _Wanted], bar: tqdm[Any]) -> dict[str, str]:
         failed: dict[str, str] = {}
         gate = asyncio.Semaphore(self._engine.chunks_at_once)
 
-        async def one(key: str, space: str, chunk: TokenIds) -> None:
+        async def one(key: str, each: _Wanted) -> None:
             async with gate:
                 if not failed:
-                    reason = await self._compute_one(key, space, chunk)
+                    reason = await self._compute_one(key, each)
                     if reason is not None:
                         failed[key] = reason
                 bar.update()
 
         try:
-            await asyncio.gather(*(one(key, space, chunk) for key, (space, chunk) in wanted.items()))
+            await asyncio.gather(*(one(key, each) for key, each in wanted.items()))
         finally:
             # Also after Ctrl-C: what was computed gets written and listed.
             for failures in await self._engine.call("flush"):
@@ -207,21 +237,38 @@ class Ingester:
             failed.setdefault(key, "the chunk was computed and did not reach the store")
         return failed
 
-    async def _compute_one(self, key: str, space: str, chunk: TokenIds) -> str | None:
-        context = self._contexts[space]
-        options = {
-            "tenant": self._config.tenant,
-            "ingest": {"key": key, "namespace": space, "start": len(context)},
-        }
-        reason = None
-        async for output in self._engine.generate(
-            as_token_ids([*context, *chunk]), self._engine.one_token(), options=options
-        ):
+    async def _compute_one(self, key: str, wanted: _Wanted) -> str | None:
+        ingest = {"key": key, "namespace": wanted.space, "start": len(wanted.context)}
+        if self._engine.info.permit:
+            ingest["permit"] = self._engine.info.permit
+        options = {"tenant": self._config.tenant, "ingest": ingest}
+        prompt, reason = np.concatenate([wanted.context, wanted.chunk]), None
+        async for output in self._engine.generate(prompt, self._engine.one_token(), options=options):
             reason = output.report.reason
         return None if reason == STORING else reason
 
     def _encode(self, text: str) -> TokenIds:
         return as_token_ids(self._engine.tokenizer.encode(text, add_special_tokens=False))
+
+
+class _Neighbours:
+    """The newest chunks that the store holds of one namespace, as the catalogue tells."""
+
+    def __init__(self, catalogue: Catalogue, space: str) -> None:
+        self._catalogue, self._space = catalogue, space
+        self._cursor, self._known = 0, dict[str, TokenIds]()
+
+    def of(self, given: Mapping[str, TokenIds]) -> dict[str, TokenIds]:
+        """By key, the chunks given and of the others as many as there is room for."""
+        changes = self._catalogue.changes_since(self._cursor, self._space)
+        if changes.reset:
+            self._known = {}
+        for key in changes.removed:
+            self._known.pop(key, None)
+        newest = list({**self._known, **dict(changes.added)}.items())[-MOST:]
+        self._known, self._cursor = dict(newest), changes.cursor
+        others = [(key, tokens) for key, tokens in newest if key not in given]
+        return {**given, **dict(others[max(len(others) + len(given) - MOST, 0) :])}
 
 
 STORING = "the request computes a chunk in order to store it"

@@ -149,7 +149,12 @@ class KVBlend:
         return self._guard.stream(prompt, sampling_params, options, own, **extra)
 
     def ingest(
-        self, texts: str | Sequence[Text], *, document_ids: Sequence[str] | None = None, progress: bool = True
+        self,
+        texts: str | Sequence[Text],
+        *,
+        document_ids: Sequence[str] | None = None,
+        progress: bool = True,
+        alone: bool = False,
     ) -> IngestReport:
         """Precompute and store the KV of texts; what is stored already is not computed again.
 
@@ -161,14 +166,20 @@ class KVBlend:
                 natural boundaries.
             document_ids: one a text, for ``release``; equal ones belong together.
             progress: show a progress bar.
+            alone: without companions, where ``ingest_context`` is ``similar``; a server's own matter with ``base_url``.
 
         Raises:
             StoreError: the store can't be written (StoreFull: no space is left).
         """
-        return self.engine.run(self.aingest(texts, document_ids=document_ids, progress=progress))
+        return self.engine.run(self.aingest(texts, document_ids=document_ids, progress=progress, alone=alone))
 
     async def aingest(
-        self, texts: str | Sequence[Text], *, document_ids: Sequence[str] | None = None, progress: bool = True
+        self,
+        texts: str | Sequence[Text],
+        *,
+        document_ids: Sequence[str] | None = None,
+        progress: bool = True,
+        alone: bool = False,
     ) -> IngestReport:
         """``ingest`` for callers in an event loop."""
         several: list[Text] = [texts] if isinstance(texts, str) else list(texts)
@@ -181,7 +192,7 @@ class KVBlend:
         started = time.perf_counter()
         ingester = self._ready_ingester()
         with tqdm(total=None, desc="Precomputing KV", unit="chunk", disable=not progress) as bar:
-            pieces, wanted, failed = await ingester.ingest(several, document_ids, bar)
+            pieces, wanted, failed = await ingester.ingest(several, document_ids, bar, alone=alone)
         raise_if_store_failed(failed)
         return IngestReport(
             chunks=len({key for piece in pieces for key in piece.keys}),

@@ -3,7 +3,8 @@
 A chunk that is computed as the first thing in a context behaves as the first thing; computed behind
 the prompt's header and *some* document it behaves like one document among several. That wins back a
 quarter and more of what reuse loses, at no cost when a prompt is answered (docs/quality.md). Behind three
-documents it behaves more like one deep in a prompt, which is where most chunks stand.
+documents it behaves more like one deep in a prompt, which is where most chunks stand. The last of the three may be
+the chunk's own companion (``blend.companions``), with which it is likely to share a prompt.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvblend_rag.blend.chunk import TokenIds, as_token_ids
 from kvblend_rag.config import IngestContextKind
 from kvblend_rag.errors import ConfigError
 
 CONTEXT_TOKENS = 256
 """The whole context's length: a multiple of vLLM's block sizes, so that all of it is a prefix-cache hit
 for every chunk but the first."""
+
+COMPANION_TOKENS = CONTEXT_TOKENS
+"""The last tokens of a ``similar`` context: a generic document, where a chunk has no companion."""
 
 _LEAST_LETTERS = 100
 """Of a document of the application's own: with less there is no document to stand behind."""
@@ -81,7 +86,8 @@ def ingest_context(
         kind: ``none``; ``bos``, the first special token; ``header``, what the chat template puts in front
             of the user's text; ``document``, the header and a document, cut to
             ``CONTEXT_TOKENS`` (or the next multiple, behind a long header); ``long``, the header and three
-            documents, cut to three times that.
+            documents, cut to three times that; ``similar``, as long, with the third document cut to
+            ``COMPANION_TOKENS``, which ``beside`` puts a companion in place of.
         tokenizer: the model's.
         system_prompt: the application's system text; None leaves the template's own default.
         documents: the application's own, of which the first (``document``) or the first three (``long``) stand
@@ -96,18 +102,40 @@ def ingest_context(
         return header
     separator = tokenizer.encode("\n\n", add_special_tokens=False)
     count = 1 if kind == "document" else 3
-    texts = documents[:count] or (*_MORE_DOCUMENTS, _GENERIC_DOCUMENT)[-count:]
+    texts = list(documents[:count] or (*_MORE_DOCUMENTS, _GENERIC_DOCUMENT)[-count:])
+    if kind == "similar" and len(texts) == 1:
+        texts *= 2
+    # At least half of a passage stays, whatever the header's length.
+    least = len(header) + len(separator) + (2 * len(texts) - 1) * CONTEXT_TOKENS // 2
+    total = -(-least // CONTEXT_TOKENS) * CONTEXT_TOKENS
+    ending: list[int] = []
+    if kind == "similar":
+        generic = _start_of(texts.pop(), tokenizer)
+        ending = [*_filled(generic, COMPANION_TOKENS - len(separator)), *separator]
     if documents:
         first, *more = (_start_of(text, tokenizer) for text in texts)
         document = [*first, *(token for tokens in more for token in (*separator, *tokens))]
     else:
         document = tokenizer.encode("\n\n".join(texts), add_special_tokens=False)
-    # At least half of a passage stays, whatever the header's length.
-    least = len(header) + len(separator) + (2 * len(texts) - 1) * CONTEXT_TOKENS // 2
-    total = -(-least // CONTEXT_TOKENS) * CONTEXT_TOKENS
-    room = total - len(header) - len(separator)
-    passage = (document * (-(-room // len(document))))[-room:]
-    return [*header, *passage, *separator]
+    room = total - len(header) - len(separator) - len(ending)
+    return [*header, *_filled(document, room), *separator, *ending]
+
+
+def beside(context: Sequence[int] | TokenIds, companion: TokenIds, separator: Sequence[int] | TokenIds) -> TokenIds:
+    """A ``similar`` context with a chunk's companion in it.
+
+    Args:
+        context: token ids, as ``ingest_context`` makes them.
+        companion: token ids; its first ones stand in the context, behind the end of the generic document where it is
+            a short one.
+        separator: token ids of what stands between documents.
+
+    Returns:
+        Token ids, int32, as many as before.
+    """
+    generic = as_token_ids(context)[-COMPANION_TOKENS:]
+    own = [*companion[: COMPANION_TOKENS - len(separator)], *separator]
+    return as_token_ids([*context[:-COMPANION_TOKENS], *generic[len(own) :], *own])
 
 
 def own_documents(paths: Iterable[str]) -> list[str]:
@@ -134,6 +162,11 @@ def own_documents(paths: Iterable[str]) -> list[str]:
     return texts
 
 
+def _filled(document: Sequence[int], room: int) -> list[int]:
+    """The end of a document of so many tokens, or of the same one several times."""
+    return (list(document) * (-(-room // len(document))))[-room:]
+
+
 def _start_of(text: str, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)[:CONTEXT_TOKENS]
 
@@ -154,4 +187,4 @@ def _header(tokenizer: Tokenizer, system_prompt: str | None) -> str:
     return tokenizer.bos_token or ""
 
 
-__all__ = ["CONTEXT_TOKENS", "Tokenizer", "ingest_context", "own_documents"]
+__all__ = ["COMPANION_TOKENS", "CONTEXT_TOKENS", "Tokenizer", "beside", "ingest_context", "own_documents"]

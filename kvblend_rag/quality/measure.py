@@ -104,11 +104,12 @@ def measure(
 def audit(kvblend: KVBlend, documents: Sequence[str | TokenIds]) -> Deviation:
     """The largest deviation of stored KV, over some chunks of the documents and all layers and ranks.
 
-    The documents are ingested and released. The engine must be idle.
+    The documents are ingested, without companions, and released. The engine must be idle.
     """
     chunks = _sample(kvblend, documents)
     engine, holder = kvblend.engine, "quality/audit"
-    kvblend.ingest([tokens for _, tokens in chunks], document_ids=[holder] * len(chunks), progress=False)
+    texts = [tokens for _, tokens in chunks]
+    kvblend.ingest(texts, document_ids=[holder] * len(chunks), progress=False, alone=True)
     try:
         return compare(kvblend, chunks)
     finally:

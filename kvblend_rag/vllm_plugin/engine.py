@@ -68,6 +68,7 @@ class VLLMEngine(Engine):
             context=tuple(first["context"]),
             refusal=next((each["refusal"] for each in described if each["refusal"]), None),
             header=None if first["header"] is None else tuple(first["header"]),
+            permit=first["permit"],
             architectures=tuple(model.architectures),
         )
 

@@ -171,6 +171,8 @@ class Handshake(KVConnectorHandshakeMetadata):
     """What reading some stored chunks took."""
     header: tuple[int, ...] | None = None
     """Token ids that chunks are computed behind a second time, as openings; None where they are not."""
+    permit: str = ""
+    """What an ingest must show to stand behind a companion of its own; empty: none may."""
 
 
 __all__ = [

@@ -5,7 +5,7 @@ selector, ratio, span, layers, coverage, full_prefill_share    how recomputed to
 max_risk     below 1: the next token is compared before and after recomputing, for whoever judges the risk
 planner      false: load every chunk that is found, be it slower than computing it
 tenant       whose chunks may be used; vLLM's own cache_salt means the same
-ingest       {key, namespace, start}: save the KV of the prompt from ``start`` on
+ingest       {key, namespace, start}: save the KV of the prompt from ``start`` on; with {permit} behind a companion
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Ingest:
     key: str
     namespace: str
     start: int
+    permit: str = ""
+    """Shown by this engine's own ingest alone."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,12 @@ def _owner(tenant: str, salt: str | None) -> str:
 
 def _read_ingest(given: Any) -> Ingest:
     match given:
-        case {"key": str(key), "namespace": str(space), "start": int(start)} if len(given) == 3 and start >= 0:
-            return Ingest(key, space, start)
+        case {"key": str(key), "namespace": str(space), "start": int(start), **more} if start >= 0:
+            match more:
+                case {"permit": str(permit)} if len(more) == 1:
+                    return Ingest(key, space, start, permit)
+                case _ if not more:
+                    return Ingest(key, space, start)
     raise ConfigError(f"`ingest` is {given!r}, and must hold a key, a namespace and a start.")
 
 

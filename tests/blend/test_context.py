@@ -1,6 +1,7 @@
+import numpy as np
 import pytest
 
-from kvblend_rag.blend.context import CONTEXT_TOKENS, ingest_context, own_documents
+from kvblend_rag.blend.context import COMPANION_TOKENS, CONTEXT_TOKENS, beside, ingest_context, own_documents
 from kvblend_rag.errors import ConfigError
 
 
@@ -126,3 +127,32 @@ def test_a_long_system_text_leaves_half_a_context_of_document(words):
     assert len(context) % CONTEXT_TOKENS == 0
     assert len(context) - len(header) >= CONTEXT_TOKENS // 2
     assert context[: len(header)] == header
+
+
+@pytest.mark.parametrize("documents", [(), OWN, OWN[:1]], ids=["generic", "own", "one"])
+def test_the_similar_context_is_as_long_and_ends_in_a_document(documents):
+    tokenizer = Words()
+    context = ingest_context("similar", tokenizer, documents=documents)
+    long = ingest_context("long", tokenizer, documents=documents)
+    assert len(context) == max(len(long), 2 * CONTEXT_TOKENS)
+    assert context != long, "their chunks would have the same keys"
+    assert context[: len(ingest_context("header", tokenizer))] == ingest_context("header", tokenizer)
+    assert tokenizer.decode(context[-2:]) == "⏎ ⏎"
+    assert tokenizer.decode(context[:-COMPANION_TOKENS][-2:]) == "⏎ ⏎"
+
+
+@pytest.mark.parametrize("tokens", [1, 100, COMPANION_TOKENS - 3, COMPANION_TOKENS - 2, 1000])
+def test_a_companion_stands_in_place_of_the_last_document(tokens):
+    tokenizer = Words()
+    context, separator = ingest_context("similar", tokenizer), tokenizer.encode("\n\n")
+    companion = np.arange(5000, 5000 + tokens, dtype=np.int32)
+    found = beside(context, companion, separator)
+    assert found.dtype == np.int32
+    kept = min(tokens, COMPANION_TOKENS - len(separator))
+    filler = COMPANION_TOKENS - kept - len(separator)
+    assert found[:-COMPANION_TOKENS].tolist() == context[:-COMPANION_TOKENS]
+    assert found[-COMPANION_TOKENS:].tolist() == [
+        *context[len(context) - filler :],
+        *companion[:kept],
+        *separator,
+    ]

@@ -21,6 +21,7 @@ from vllm.v1.request import Request
 from kvblend_rag.address import RemoteAddress
 from kvblend_rag.blend.choice import Choice
 from kvblend_rag.blend.chunk import TokenIds, as_token_ids, chunk_key
+from kvblend_rag.blend.context import COMPANION_TOKENS
 from kvblend_rag.blend.cost import Work, blend_work
 from kvblend_rag.blend.gate import refusal
 from kvblend_rag.blend.plan import BlendPlan, make_plan
@@ -106,6 +107,7 @@ class SchedulerSide:
         self._model_refusal: str | None = "the workers did not report; start vLLM with kvblend's worker class"
         self._verdict_refusal: str | None = None
         self._library: Library | None = None
+        self._permit = ""
         self._live: dict[str, Request] = {}
         self._blends: dict[str, _Blend] = {}
         self._savings: dict[str, _Saving] = {}
@@ -141,6 +143,7 @@ class SchedulerSide:
             self._gate = "model"
             return
         self._library = Library(self._config, first.fingerprint, first.context, first.header)
+        self._permit = first.permit
         try:
             self._heed(find_verdict(self._config, first.fingerprint, first.context))
         except KVBlendError as error:  # it may be a refusal
@@ -418,7 +421,10 @@ class SchedulerSide:
         if context is None or ingest.key != chunk_key(ingest.namespace, tokens):
             return "the chunk's key does not belong to this model, ingest context and tenant; nothing was stored"
         # The key stands for what is in front of the chunk too: it must be there, or the store is poisoned.
-        if not len(tokens) or not np.array_equal(prompt[: ingest.start], context):
+        beside = ingest.permit and ingest.permit == self._permit and context is self._library.context
+        fixed = len(context) - (COMPANION_TOKENS if beside else 0)
+        behind = ingest.start == len(context) and np.array_equal(prompt[:fixed], context[:fixed])
+        if not len(tokens) or not behind:
             return "the chunk does not stand right behind the ingest context; nothing was stored"
         self._savings[request_id] = _Saving(tokens, ingest)
         return STORING

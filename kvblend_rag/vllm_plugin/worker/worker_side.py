@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import re
+import secrets
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -167,12 +168,13 @@ class WorkerSide:
     # Called from outside through KVBlendWorker.kvblend
 
     def describe(self) -> dict[str, Any]:
-        """Fingerprint, ingest context, header, and why the model is refused, if it is."""
+        """Fingerprint, ingest context, header, permit, and why the model is refused, if it is."""
         handshake = self.handshake()
         return {
             "fingerprint": handshake.fingerprint,
             "context": list(handshake.context),
             "header": None if handshake.header is None else list(handshake.header),
+            "permit": handshake.permit,
             "refusal": handshake.refusal,
             "rank": handshake.rank,
         }
@@ -259,7 +261,7 @@ class WorkerSide:
             self._accounts.popitem(last=False)
 
     def _survey(self) -> Handshake:
-        refusal, identity, context = None, "", []
+        refusal, identity, context, permit = None, "", [], ""
         header: tuple[int, ...] | None = None
         pace: Pace | None = None
         loads: list[TierLoad] = []
@@ -287,6 +289,7 @@ class WorkerSide:
                 tokenizer = cached_tokenizer_from_config(self._vllm_config.model_config)
                 documents = own_documents(self._config.ingest_documents)
                 context = ingest_context(kind, tokenizer, self._config.system_prompt, documents)
+                permit = secrets.token_hex() if kind == "similar" else ""
                 if openings:
                     header = tuple(ingest_context("header", tokenizer, self._config.system_prompt))
             shard = (ranks.rank, ranks.size)
@@ -309,7 +312,7 @@ class WorkerSide:
         except (Refused, ValueError, KVBlendError) as error:
             refusal = str(error).rstrip(".")
             logger.warning("kvblend does not blend: %s.", refusal)
-        return Handshake(identity, tuple(context), refusal, ranks.rank, ranks.size, pace, tuple(loads), header)
+        return Handshake(identity, tuple(context), refusal, ranks.rank, ranks.size, pace, tuple(loads), header, permit)
 
     def _rehearse(self, forward: ScatteredForward, loader: Loader, context_tokens: int, ranks: Ranks) -> Pace | None:
         """How fast this worker computes and blends, in free blocks, before the first request."""

@@ -1,0 +1,70 @@
+"""Companions: for each chunk the most similar other one, behind which it is computed (``ingest_context: similar``).
+
+Retrieval brings similar chunks into one prompt, so a chunk's likeliest neighbours are those most like it
+(FusionRAG computes chunks behind theirs). How alike two chunks are is the cosine of their TF-IDF vectors over
+token ids, hashed to a fixed length (count sketch: Charikar, Chen and Farach-Colton 2002), which needs no index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvblend_rag.blend.chunk import TokenIds
+
+MOST = 20_000
+"""Chunks that are compared with one another: 80 MB of vectors, and seconds on a CPU."""
+
+_LENGTH = 1024
+_ROWS = 1024
+_LEAST = 0.15
+"""Below it is what hashing makes of chunks that have nothing in common."""
+_SAME = 0.95
+"""Above it are copies and other versions of the same text: which of them a prompt gets nobody knows."""
+
+
+def companions(chunks: Sequence[TokenIds], among: Sequence[TokenIds]) -> list[int | None]:
+    """By chunk: the place of its companion in ``among``; None where nothing there is like it.
+
+    Args:
+        chunks: token ids, each int32 of shape (tokens,).
+        among: the same; may hold the chunks themselves, which are no companions of their own.
+    """
+    if not chunks or not among:
+        return [None] * len(chunks)
+    vectors = _vectors([*chunks, *among])
+    ours, theirs = vectors[: len(chunks)], vectors[len(chunks) :]
+    found: list[int | None] = []
+    for start in range(0, len(ours), _ROWS):
+        alike = ours[start : start + _ROWS] @ theirs.T
+        alike[alike > _SAME] = -1.0
+        best = alike.argmax(axis=1)
+        found += [int(at) if row[at] >= _LEAST else None for row, at in zip(alike, best, strict=True)]
+    return found
+
+
+def _vectors(chunks: Sequence[TokenIds]) -> npt.NDArray[np.float32]:
+    """Unit vectors, float32 of shape (chunks, _LENGTH)."""
+    owners = np.repeat(np.arange(len(chunks), dtype=np.int64), [len(each) for each in chunks])
+    pairs, counts = np.unique((owners << 32) | np.concatenate(chunks).astype(np.int64), return_counts=True)
+    rows, tokens = pairs >> 32, pairs & 0xFFFFFFFF
+    _, places, holders = np.unique(tokens, return_inverse=True, return_counts=True)
+    weights = (1.0 + np.log(counts)) * np.log1p(len(chunks) / holders[places])
+    mixed = _mixed(tokens.astype(np.uint64))
+    columns, signs = mixed % np.uint64(_LENGTH), np.where(mixed >> np.uint64(63), 1.0, -1.0)
+    vectors = np.zeros((len(chunks), _LENGTH), dtype=np.float32)
+    np.add.at(vectors, (rows, columns), weights * signs)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+    return vectors
+
+
+def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's last steps (Steele, Lea and Flood 2014): neighbouring numbers become unrelated ones."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
+    return values ^ (values >> np.uint64(31))
+
+
+__all__ = ["MOST", "companions"]
