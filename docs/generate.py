@@ -781,6 +781,11 @@ def own_documents() -> str:
     return _compared("own-documents-")
 
 
+def similar() -> str:
+    """What `ingest_context: similar` changed."""
+    return _compared("similar-")
+
+
 def openings() -> str:
     """What `ingest_openings` changed."""
     return _compared("openings-")
@@ -801,9 +806,10 @@ def _compared(prefix: str) -> str:
                         f"{found['kl_before'][0]:.3f} → {found['kl_after'][0]:.3f}",
                         cell(found["kl_ratio"], "{:.2f}"),
                         cell(found["nll_difference"], "{:+.3f}"),
+                        cell([100 * value for value in found["f1_difference"]], "{:+.1f}"),
                     ]
                 )
-    return table(["model, questions", "", "KL", "ratio (95 % interval)", "change of ΔNLL"], rows)
+    return table(["model, questions", "", "KL", "ratio (95 % interval)", "change of ΔNLL", "of F1, points"], rows)
 
 
 _RISKS = {
@@ -842,6 +848,7 @@ BLOCKS = {
     "faults": faults,
     "own-documents": own_documents,
     "openings": openings,
+    "similar": similar,
     "risk": risk,
     "families": families,
     "combinations": combinations,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -12,7 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from kvblend_rag.blend.chunk import TokenIds, as_token_ids, chunk_key, namespace
-from kvblend_rag.blend.companions import MOST, companions
+from kvblend_rag.blend.companions import MOST, STORED, companions
 from kvblend_rag.blend.context import beside
 from kvblend_rag.blend.split import split_text
 from kvblend_rag.config import BlendConfig
@@ -106,7 +106,6 @@ class Ingester:
         self._contexts = {self.namespace: as_token_ids(info.context)}
         if info.header is not None:
             self._contexts[namespace(info.fingerprint, info.header, config.tenant)] = as_token_ids(info.header)
-        self._neighbours = _Neighbours(catalogue, self.namespace)
         self._longest = min(config.chunk_size, info.max_model_len - len(info.context) - 1)
 
     def cut(self, text: Text) -> list[TokenIds]:
@@ -189,17 +188,17 @@ class Ingester:
         missing = self._catalogue.missing(tokens)
         wanted = {key: _Wanted(*tokens[key], self._contexts[tokens[key][0]]) for key in missing}
         if self._engine.info.permit and not alone:
-            self._accompany(wanted, {key: chunk for key, (space, chunk) in tokens.items() if space == self.namespace})
+            self._accompany(wanted)
         return pieces, len(tokens) - len(wanted), wanted
 
-    def _accompany(self, wanted: dict[str, _Wanted], given: dict[str, TokenIds]) -> None:
+    def _accompany(self, wanted: dict[str, _Wanted]) -> None:
         """Put the companions of chunks into what they are computed behind."""
-        separator = self._encode("\n\n")
+        separator, stored = self._encode("\n\n"), self._catalogue.newest(self.namespace, STORED)
         ours = [key for key, each in wanted.items() if each.space == self.namespace]
         for start in range(0, len(ours), MOST):
-            some = ours[start : start + MOST]
-            among = list(self._neighbours.of({key: given[key] for key in some}).values())
-            for key, at in zip(some, companions([given[key] for key in some], among), strict=True):
+            some = {key: wanted[key].chunk for key in ours[start : start + MOST]}
+            among = [*some.values(), *stored.values()]
+            for key, at in zip(some, companions(list(some.values()), among), strict=True):
                 if at is not None:
                     context = beside(wanted[key].context, among[at], separator)
                     wanted[key] = replace(wanted[key], context=context)
@@ -249,26 +248,6 @@ class Ingester:
 
     def _encode(self, text: str) -> TokenIds:
         return as_token_ids(self._engine.tokenizer.encode(text, add_special_tokens=False))
-
-
-class _Neighbours:
-    """The newest chunks that the store holds of one namespace, as the catalogue tells."""
-
-    def __init__(self, catalogue: Catalogue, space: str) -> None:
-        self._catalogue, self._space = catalogue, space
-        self._cursor, self._known = 0, dict[str, TokenIds]()
-
-    def of(self, given: Mapping[str, TokenIds]) -> dict[str, TokenIds]:
-        """By key, the chunks given and of the others as many as there is room for."""
-        changes = self._catalogue.changes_since(self._cursor, self._space)
-        if changes.reset:
-            self._known = {}
-        for key in changes.removed:
-            self._known.pop(key, None)
-        newest = list({**self._known, **dict(changes.added)}.items())[-MOST:]
-        self._known, self._cursor = dict(newest), changes.cursor
-        others = [(key, tokens) for key, tokens in newest if key not in given]
-        return {**given, **dict(others[max(len(others) + len(given) - MOST, 0) :])}
 
 
 STORING = "the request computes a chunk in order to store it"

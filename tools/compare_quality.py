@@ -1,8 +1,10 @@
 """Two results of ``kvblend eval`` on one model against each other: paired differences over the questions of both.
 
-For what takes an engine of its own, as another ingest context does.
+For what takes an engine of its own, as another ingest context does; or, with ``--behind``, of one result that has
+the arms behind two contexts.
 
     python tools/compare_quality.py BEFORE.json AFTER.json --arms reuse question:0.15 --json OUT.json
+    python tools/compare_quality.py BOTH.json BOTH.json --behind similar --json OUT.json
 """
 
 from __future__ import annotations
@@ -20,8 +22,16 @@ from kvblend_rag.quality.summary import ALL, MADE_SETS, REAL
 MADE = "questions made here"
 
 
-def compared(before: dict[str, Any], after: dict[str, Any], arms: list[str]) -> dict[str, Any]:
-    """By group and arm: KL of both and its ratio, and what changed in ΔNLL and F1, with 95 % intervals."""
+def compared(before: dict[str, Any], after: dict[str, Any], arms: list[str], behind: str = "") -> dict[str, Any]:
+    """By group and arm: KL of both and its ratio, and what changed in ΔNLL and F1, with 95 % intervals.
+
+    Args:
+        before: a result.
+        after: another one, or the same.
+        arms: as ``before`` names them.
+        behind: the ingest context that the arms of ``after`` name; empty for none.
+    """
+    suffix = f"@{behind}" if behind else ""
     rows = [{(row["set"], row["id"]): row["arms"] for row in each["samples"]} for each in (before, after)]
     both = sorted(rows[0].keys() & rows[1].keys())
     places = {ALL: both, REAL: [key for key in both if key[0] not in MADE_SETS]}
@@ -32,7 +42,10 @@ def compared(before: dict[str, Any], after: dict[str, Any], arms: list[str]) -> 
             continue
         groups[name] = {"questions": len(keys), "arms": {}}
         for arm in arms:
-            old, new = ({value: _column(side, keys, arm, value) for value in ("kl", "nll", "f1")} for side in rows)
+            old, new = (
+                {value: _column(side, keys, name, value) for value in ("kl", "nll", "f1")}
+                for side, name in zip(rows, (arm, f"{arm}{suffix}"), strict=True)
+            )
             groups[name]["arms"][arm] = {
                 "kl_before": bootstrap.mean(old["kl"]).to_list(),
                 "kl_after": bootstrap.mean(new["kl"]).to_list(),
@@ -57,6 +70,9 @@ def main() -> None:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--arms", nargs="+", default=["reuse", "question:0.15"])
+    parser.add_argument(
+        "--behind", default="", help="ingest context that AFTER's arms are asked behind, as they name it"
+    )
     parser.add_argument("--json", type=Path, required=True, help="where to write the result")
     given = parser.parse_args()
     before, after = (json.loads(file.read_text(encoding="utf-8")) for file in (given.before, given.after))
@@ -66,7 +82,7 @@ def main() -> None:
         "engine": after["engine"],
         "before": before["command"],
         "after": after["command"],
-        "comparison": compared(before, after, given.arms),
+        "comparison": compared(before, after, given.arms, given.behind),
     }
     given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

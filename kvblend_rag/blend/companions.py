@@ -15,7 +15,10 @@ import numpy.typing as npt
 from kvblend_rag.blend.chunk import TokenIds
 
 MOST = 20_000
-"""Chunks that are compared with one another: 80 MB of vectors, and seconds on a CPU."""
+"""Chunks of one ingest that are compared with one another: 80 MB of vectors, and seconds on a CPU."""
+
+STORED = 2000
+"""Stored chunks that they are compared with as well, the newest: a tenth of a second."""
 
 _LENGTH = 1024
 _ROWS = 1024
@@ -67,4 +70,4 @@ def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-__all__ = ["MOST", "companions"]
+__all__ = ["MOST", "STORED", "companions"]

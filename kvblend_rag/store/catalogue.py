@@ -280,6 +280,17 @@ class Catalogue:
             reset=reset,
         )
 
+    def newest(self, namespace: str, count: int) -> dict[str, TokenIds]:
+        """Token ids of a namespace's visible chunks by key, so many at most, the newest first; no damaged rows."""
+        with self._database.reading() as sql:
+            rows = sql.execute(
+                "SELECT key, token_ids, checksum FROM change JOIN chunk USING (key)"
+                " WHERE change.namespace = ? AND present ORDER BY id DESC LIMIT ?",
+                (namespace, count),
+            ).fetchall()
+        read = {key: tables.token_ids(key, namespace, blob, checksum, self._seal) for key, blob, checksum in rows}
+        return {key: token_ids for key, token_ids in read.items() if token_ids.size}
+
     def sample(self, count: int) -> list[str]:
         """Keys of visible chunks, so many at most; whichever come first."""
         with self._database.reading() as sql:

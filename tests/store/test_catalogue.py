@@ -34,6 +34,17 @@ def key(number, space=SPACE):
     return row(number, space).key
 
 
+def test_the_newest_chunks_of_a_namespace(catalogue):
+    for number in range(5):
+        catalogue.add(*row(number))
+    catalogue.add(*row(9, space="model-b"))
+    catalogue.add(*row(7, size=2))  # of two ranks one has written
+    catalogue.remove([key(3)])
+    assert list(catalogue.newest(SPACE, 2)) == [key(4), key(2)]
+    assert list(catalogue.newest(SPACE, 9)) == [key(4), key(2), key(1), key(0)]
+    assert catalogue.newest(SPACE, 1)[key(4)].tolist() == row(4).token_ids.tolist()
+
+
 def test_add_shows_up_with_its_tokens(catalogue):
     catalogue.add(*row(1))
     changes = catalogue.changes_since(0, SPACE)
