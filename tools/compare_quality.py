@@ -1,10 +1,10 @@
 """Two results of ``kvblend eval`` on one model against each other: paired differences over the questions of both.
 
-For what takes an engine of its own, as another ingest context does; or, with ``--behind``, of one result that has
-the arms behind two contexts.
+For what takes an engine of its own, as another ingest context does; or, with ``--contexts``, of one result that has
+the arms behind two.
 
     python tools/compare_quality.py BEFORE.json AFTER.json --arms reuse question:0.15 --json OUT.json
-    python tools/compare_quality.py BOTH.json BOTH.json --behind similar --json OUT.json
+    python tools/compare_quality.py BOTH.json BOTH.json --contexts long similar --json OUT.json
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from kvblend_rag.quality.summary import ALL, MADE_SETS, REAL
 MADE = "questions made here"
 
 
-def compared(before: dict[str, Any], after: dict[str, Any], arms: list[str], behind: str = "") -> dict[str, Any]:
+def compared(
+    before: dict[str, Any], after: dict[str, Any], arms: list[str], contexts: tuple[str, str] = ("", "")
+) -> dict[str, Any]:
     """By group and arm: KL of both and its ratio, and what changed in ΔNLL and F1, with 95 % intervals.
 
     Args:
         before: a result.
         after: another one, or the same.
-        arms: as ``before`` names them.
-        behind: the ingest context that the arms of ``after`` name; empty for none.
+        arms: as both name them, but for the context.
+        contexts: the ingest contexts that the names of ``before`` and ``after`` end in; empty for the configured one.
     """
-    suffix = f"@{behind}" if behind else ""
+    endings = [f"@{context}" if context else "" for context in contexts]
     rows = [{(row["set"], row["id"]): row["arms"] for row in each["samples"]} for each in (before, after)]
     both = sorted(rows[0].keys() & rows[1].keys())
     places = {ALL: both, REAL: [key for key in both if key[0] not in MADE_SETS]}
@@ -43,8 +45,8 @@ def compared(before: dict[str, Any], after: dict[str, Any], arms: list[str], beh
         groups[name] = {"questions": len(keys), "arms": {}}
         for arm in arms:
             old, new = (
-                {value: _column(side, keys, name, value) for value in ("kl", "nll", "f1")}
-                for side, name in zip(rows, (arm, f"{arm}{suffix}"), strict=True)
+                {value: _column(side, keys, f"{arm}{ending}", value) for value in ("kl", "nll", "f1")}
+                for side, ending in zip(rows, endings, strict=True)
             )
             groups[name]["arms"][arm] = {
                 "kl_before": bootstrap.mean(old["kl"]).to_list(),
@@ -70,9 +72,7 @@ def main() -> None:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--arms", nargs="+", default=["reuse", "question:0.15"])
-    parser.add_argument(
-        "--behind", default="", help="ingest context that AFTER's arms are asked behind, as they name it"
-    )
+    parser.add_argument("--contexts", nargs=2, default=["", ""], help="that BEFORE's and AFTER's arms name")
     parser.add_argument("--json", type=Path, required=True, help="where to write the result")
     given = parser.parse_args()
     before, after = (json.loads(file.read_text(encoding="utf-8")) for file in (given.before, given.after))
@@ -82,7 +82,7 @@ def main() -> None:
         "engine": after["engine"],
         "before": before["command"],
         "after": after["command"],
-        "comparison": compared(before, after, given.arms, given.behind),
+        "comparison": compared(before, after, given.arms, tuple(given.contexts)),
     }
     given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -103,7 +103,7 @@ def test_one_results_arms_are_compared_with_those_behind_another_context(compare
     both = _result("abc", kl=0.4)
     for row in both["samples"]:
         row["arms"]["reuse@similar"] = {**row["arms"]["reuse"], "kl": 0.3}
-    row = compare.compared(both, both, ["reuse"], "similar")["all"]["arms"]["reuse"]
+    row = compare.compared(both, both, ["reuse"], ("", "similar"))["all"]["arms"]["reuse"]
     assert row["kl_ratio"] == pytest.approx([0.75, 0.75, 0.75])
 
 
