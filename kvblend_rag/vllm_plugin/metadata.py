@@ -172,7 +172,7 @@ class Handshake(KVConnectorHandshakeMetadata):
     header: tuple[int, ...] | None = None
     """Token ids that chunks are computed behind a second time, as openings; None where they are not."""
     permit: str = ""
-    """What an ingest must show to stand behind a companion of its own; empty: none may."""
+    """What an ingest must show to put a chunk behind a companion; empty: none may."""
 
 
 __all__ = [

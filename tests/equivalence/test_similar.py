@@ -110,3 +110,13 @@ def test_a_permit_is_for_the_last_document_alone(rig):
 def test_the_permit_is_not_printed(rig):
     assert rig.info.permit
     assert rig.info.permit not in repr(rig.info)
+
+
+@pytest.mark.full
+def test_every_data_parallel_engine_takes_companions(rigs):
+    """Requests go to any of them, and the first alone is asked what it is."""
+    rig = rigs.get("llama", engine={"data_parallel_size": 2}, ingest_context="similar", local_device="disk")
+    topic = rig.tokens(60, 20)
+    several = [np.concatenate([rig.tokens(60, 30 + seed), shuffled(topic, seed)]) for seed in range(8)]
+    report = rig.llm.kvblend.ingest(several, progress=False)
+    assert report.computed == len(several)

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import re
-import secrets
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -289,7 +288,7 @@ class WorkerSide:
                 tokenizer = cached_tokenizer_from_config(self._vllm_config.model_config)
                 documents = own_documents(self._config.ingest_documents)
                 context = ingest_context(kind, tokenizer, self._config.system_prompt, documents)
-                permit = secrets.token_hex() if kind == "similar" else ""
+                permit = _permit(self._vllm_config) if kind == "similar" else ""
                 if openings:
                     header = tuple(ingest_context("header", tokenizer, self._config.system_prompt))
             shard = (ranks.rank, ranks.size)
@@ -335,6 +334,12 @@ class WorkerSide:
 def _config(vllm_config: VllmConfig) -> BlendConfig:
     transfer = vllm_config.kv_transfer_config
     return BlendConfig.load(**({} if transfer is None else transfer.kv_connector_extra_config))
+
+
+def _permit(vllm_config: VllmConfig) -> str:
+    """What all processes of this vLLM know, and nobody over HTTP: the random name that it gives a connector."""
+    assert vllm_config.kv_transfer_config is not None
+    return str(vllm_config.kv_transfer_config.engine_id).partition("_dp")[0]  # to which each data parallel rank adds
 
 
 def hot_bytes(vllm_config: VllmConfig) -> int:
