@@ -65,7 +65,7 @@ class _Wanted:
 
     space: str
     chunk: TokenIds
-    context: TokenIds
+    companion: TokenIds | None = None
 
 
 class Documents(ABC):
@@ -186,22 +186,21 @@ class Ingester:
             pieces.append(piece)
         self._hold(pieces, document_ids)
         missing = self._catalogue.missing(tokens)
-        wanted = {key: _Wanted(*tokens[key], self._contexts[tokens[key][0]]) for key in missing}
+        wanted = {key: _Wanted(*tokens[key]) for key in missing}
         if self._engine.info.permit and not alone:
             self._accompany(wanted)
         return pieces, len(tokens) - len(wanted), wanted
 
     def _accompany(self, wanted: dict[str, _Wanted]) -> None:
-        """Put the companions of chunks into what they are computed behind."""
-        separator, stored = self._encode("\n\n"), self._catalogue.newest(self.namespace, STORED)
+        """Find the chunks' companions."""
+        stored = self._catalogue.newest(self.namespace, STORED)
         ours = [key for key, each in wanted.items() if each.space == self.namespace]
         for start in range(0, len(ours), MOST):
             some = {key: wanted[key].chunk for key in ours[start : start + MOST]}
             among = [*some.values(), *stored.values()]
             for key, at in zip(some, companions(list(some.values()), among), strict=True):
                 if at is not None:
-                    context = beside(wanted[key].context, among[at], separator)
-                    wanted[key] = replace(wanted[key], context=context)
+                    wanted[key] = replace(wanted[key], companion=among[at])
 
     def _hold(self, pieces: Iterable[_Pieces], document_ids: Sequence[str] | None) -> None:
         # Holds before rows: a release elsewhere can't take a chunk away between the question and the answer.
@@ -237,11 +236,13 @@ class Ingester:
         return failed
 
     async def _compute_one(self, key: str, wanted: _Wanted) -> str | None:
-        ingest = {"key": key, "namespace": wanted.space, "start": len(wanted.context)}
-        if self._engine.info.permit:
+        context = self._contexts[wanted.space]
+        ingest = {"key": key, "namespace": wanted.space, "start": len(context)}
+        if wanted.companion is not None:
+            context = beside(context, wanted.companion, self._encode("\n\n"))
             ingest["permit"] = self._engine.info.permit
         options = {"tenant": self._config.tenant, "ingest": ingest}
-        prompt, reason = np.concatenate([wanted.context, wanted.chunk]), None
+        prompt, reason = np.concatenate([context, wanted.chunk]), None
         async for output in self._engine.generate(prompt, self._engine.one_token(), options=options):
             reason = output.report.reason
         return None if reason == STORING else reason

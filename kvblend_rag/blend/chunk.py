@@ -2,7 +2,9 @@
 
 A chunk's KV is determined by the model that computed it, by what stood in front of it, and by its
 tokens. The first two make a *namespace*; namespace and tokens make the chunk's key. A stale or
-foreign chunk therefore has another key and can never be loaded by mistake.
+foreign chunk therefore has another key and can never be loaded by mistake. Behind the ingest context ``similar``
+the last of what stood in front is a chunk's own: which one that was is not part of the key, since any of them is as
+good a guess at what will stand there.
 """
 
 from __future__ import annotations

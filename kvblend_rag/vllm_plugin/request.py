@@ -91,11 +91,8 @@ def _owner(tenant: str, salt: str | None) -> str:
 def _read_ingest(given: Any) -> Ingest:
     match given:
         case {"key": str(key), "namespace": str(space), "start": int(start), **more} if start >= 0:
-            match more:
-                case {"permit": str(permit)} if len(more) == 1:
-                    return Ingest(key, space, start, permit)
-                case _ if not more:
-                    return Ingest(key, space, start)
+            if more.keys() <= {"permit"}:
+                return Ingest(key, space, start, str(more.get("permit", "")))
     raise ConfigError(f"`ingest` is {given!r}, and must hold a key, a namespace and a start.")
 
 

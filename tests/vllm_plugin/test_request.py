@@ -89,6 +89,7 @@ def test_ingest_is_read(config):
         {"ingest": {"key": "k", "namespace": "n", "start": -5}},
         {"ingest": {"key": None, "namespace": "n", "start": 0}},
         {"ingest": {"key": "k", "namespace": "n", "start": 0, "more": 1}},
+        {"ingest": {"key": "k", "namespace": "n", "start": 0, "permit": "p", "more": 1}},
     ],
     ids=str,
 )
