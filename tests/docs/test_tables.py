@@ -149,3 +149,6 @@ def test_a_result_of_eval_becomes_tables(generate: Any, tmp_path: Path, monkeypa
     assert "| question:0.5:coverage=0.8 | 0.50 at 5% |" in shown
     assert "plain 500 ms (1.00×)" in shown
     assert "musique" not in generate.results()
+    result["samples"] = [{"set": "aggregate"}] * 120
+    (tmp_path / "quality-x.json").write_text(json.dumps(result))
+    assert "was to be reached" not in generate.quality(), "made questions are no real ones"
