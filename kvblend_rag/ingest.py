@@ -198,7 +198,7 @@ class Ingester:
         for start in range(0, len(ours), MOST):
             some = {key: wanted[key].chunk for key in ours[start : start + MOST]}
             among = [*some.values(), *stored.values()]
-            for key, at in zip(some, companions(list(some.values()), among), strict=True):
+            for key, at in zip(some, companions(among, len(some)), strict=True):
                 if at is not None:
                     wanted[key] = replace(wanted[key], companion=among[at])
 

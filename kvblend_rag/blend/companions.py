@@ -28,20 +28,18 @@ _SAME = 0.95
 """Above it are copies and other versions of the same text: which of them a prompt gets nobody knows."""
 
 
-def companions(chunks: Sequence[TokenIds], among: Sequence[TokenIds]) -> list[int | None]:
-    """By chunk: the place of its companion in ``among``; None where nothing there is like it.
+def companions(among: Sequence[TokenIds], count: int) -> list[int | None]:
+    """For each of the first ``count`` chunks: the place of its companion; None where nothing is like it.
 
     Args:
-        chunks: token ids, each int32 of shape (tokens,).
-        among: the same; may hold the chunks themselves, which are no companions of their own.
+        among: token ids of chunks, each int32 of shape (tokens,).
+        count: how many of them want one.
     """
-    if not chunks or not among:
-        return [None] * len(chunks)
-    vectors = _vectors([*chunks, *among])
-    ours, theirs = vectors[: len(chunks)], vectors[len(chunks) :]
-    found: list[int | None] = []
-    for start in range(0, len(ours), _ROWS):
-        alike = ours[start : start + _ROWS] @ theirs.T
+    if not count:
+        return []
+    vectors, found = _vectors(among), list[int | None]()
+    for start in range(0, count, _ROWS):
+        alike = vectors[start : min(start + _ROWS, count)] @ vectors.T
         alike[alike > _SAME] = -1.0
         best = alike.argmax(axis=1)
         found += [int(at) if row[at] >= _LEAST else None for row, at in zip(alike, best, strict=True)]
