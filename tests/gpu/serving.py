@@ -1,7 +1,7 @@
 """Throughput as vLLM's own benchmark sees it: `vllm serve` as it ships, then `kvblend serve`, on the same machine.
 
     python tests/gpu/serving.py OUT.json [--shape NAME] [--chunk-tokens N] [--per-prompt N] [--population N]
-        [--seconds S] [--factors F …] [--serve-option=OPTION …]
+        [--seconds S] [--factors F …] [--selectors NAME …] [--serve-option=OPTION …]
 
 Prompts of chunks that are drawn by Zipf's law, and a new question each, arrive at random (Poisson) at both servers,
 over HTTP, from `vllm bench serve`. Plain vLLM is asked at a rate that it sustains, which gives a 95th percentile of
@@ -35,10 +35,7 @@ ANSWER_TOKENS = 16
 UTILISATION = 0.7
 """Share of plain vLLM's capacity, one prompt after the other, at which its latency is taken."""
 
-ARMS = {
-    "first 10 %": {"selector": "first", "ratio": 0.1},
-    "question 10 %": {"selector": "question", "ratio": 0.1},
-}
+SELECTORS = ("first", "question")
 BENCHMARK = (
     "import argparse; from vllm.benchmarks.serve import add_cli_args, main; "
     "parser = argparse.ArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
@@ -118,8 +115,10 @@ def main() -> None:
     parser.add_argument("--population", type=int, default=128, help="chunks that prompts are drawn from")
     parser.add_argument("--seconds", type=float, default=20.0, help="how long prompts arrive in a run")
     parser.add_argument("--factors", type=float, nargs="+", default=[3, 4, 5, 6, 7, 8])
+    parser.add_argument("--selectors", nargs="+", default=SELECTORS, choices=SELECTORS)
     parser.add_argument("--serve-option", action="append", default=[], help="of both servers, as in --serve-option=X")
     given = parser.parse_args()
+    arms = {f"{name} 10 %": {"selector": name, "ratio": 0.1} for name in given.selectors}
     rng, words = np.random.default_rng(0), int(str(SHAPES[given.shape]["vocab_size"]))
     chunks = [rng.integers(100, words, given.chunk_tokens).astype(np.int32) for _ in range(given.population)]
 
@@ -140,7 +139,7 @@ def main() -> None:
             "prompt_tokens": length,
             "answer_tokens": ANSWER_TOKENS,
             "seconds": given.seconds,
-            "arms": ARMS,
+            "arms": arms,
         },
         "machine": machine(),
         "rows": [],
@@ -174,7 +173,7 @@ def main() -> None:
         with serving(model, folder / "blending", "kvblend_rag.cli", *ours, *options) as blending:
             keep("kvblend serve, blending off", measure(blending, rate, {"blend": False}))
             blending.ingest(chunks)
-            for arm, blend in ARMS.items():
+            for arm, blend in arms.items():
                 measure(blending, rate, blend, seed=0)  # warms up
                 for factor in given.factors:
                     row = keep(arm, {"factor": factor, **measure(blending, rate * factor, blend)})
