@@ -77,7 +77,7 @@ class BlendConfig:
     """Folder of the chunk store; created when missing."""
 
     max_memory_gb: float = 4.0
-    """Bound of the host-memory tier, in GiB."""
+    """Bound of the host-memory tier, in GiB; with CUDA page-locked, where a chunk takes the next power of two."""
 
     max_device_gb: float = 0.0
     """GPU memory for chunks that are asked for again and again, in GiB; taken from vLLM's KV cache."""

@@ -12,8 +12,12 @@ from kvblend_rag.store.base import ChunkStore, StoredChunk
 from kvblend_rag.store.encoded import buffer_of, in_buffer
 from kvblend_rag.store.eviction import Eviction, Queue, after_use
 from kvblend_rag.store.layout import checked_key
+from kvblend_rag.store.page_locking import give_back, locked_bytes
 
 _SLACK = 1.125
+
+_SPARE = 8
+"""Of page-locked memory, this part of the bound may lie free until a chunk of its size comes."""
 
 
 class MemoryStore(ChunkStore):
@@ -22,7 +26,7 @@ class MemoryStore(ChunkStore):
     A chunk larger than the bound is silently not kept; with ``max_bytes`` 0 none is.
 
     Args:
-        max_bytes: bound on the KV held, encoded where it is.
+        max_bytes: bound on the memory that the KV takes, encoded where it is.
         pin: keep page-locked copies, from which a GPU loads asynchronously; needs CUDA.
         eviction: which chunks leave first.
     """
@@ -43,7 +47,8 @@ class MemoryStore(ChunkStore):
     def put(self, chunk: StoredChunk) -> None:
         """Keep a chunk, if it fits; without a copy unless pinned or part of a larger tensor."""
         checked_key(chunk.key)
-        if chunk.kv.nbytes > self._max_bytes:
+        nbytes = self._taken_by(chunk)
+        if nbytes > self._max_bytes:
             self.delete([chunk.key])
             return
         chunk = self._own(chunk)
@@ -51,12 +56,14 @@ class MemoryStore(ChunkStore):
             used = self._order.number(chunk.key)
             self._drop(chunk.key)
             # room first: with LFU what comes would be the first to leave
-            while self._nbytes + chunk.kv.nbytes > self._max_bytes and (first := self._order.first()) is not None:
+            while self._nbytes + nbytes > self._max_bytes and (first := self._order.first()) is not None:
                 self._drop(first)
             self._chunks[chunk.key] = chunk
             self._order.set(chunk.key, self._now() if used is None or self._eviction == "lru" else used)
             self._changes[chunk.key] = True
-            self._nbytes += chunk.kv.nbytes
+            self._nbytes += nbytes
+        if self._pin:
+            give_back(self._max_bytes // _SPARE)
 
     def read(self, key: str) -> StoredChunk:
         """A chunk; counts a use."""
@@ -79,7 +86,7 @@ class MemoryStore(ChunkStore):
                 self._drop(key)
 
     def nbytes(self) -> int:
-        """Bytes of KV in memory, encoded where it is."""
+        """Bytes of memory that the KV takes, encoded where it is."""
         with self._lock:
             return self._nbytes
 
@@ -95,6 +102,9 @@ class MemoryStore(ChunkStore):
             self._chunks.clear()
             self._order = Queue()
             self._nbytes = 0
+
+    def _taken_by(self, chunk: StoredChunk) -> int:
+        return locked_bytes(chunk.kv.nbytes) if self._pin else chunk.kv.nbytes
 
     def _own(self, chunk: StoredChunk) -> StoredChunk:
         if self._pin:
@@ -113,7 +123,7 @@ class MemoryStore(ChunkStore):
         chunk = self._chunks.pop(key, None)
         self._order.discard(key)
         if chunk is not None:
-            self._nbytes -= chunk.kv.nbytes
+            self._nbytes -= self._taken_by(chunk)
             self._changes[key] = False
 
 

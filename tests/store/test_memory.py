@@ -5,6 +5,7 @@ import torch
 
 from kvblend_rag.errors import ChunkMissing
 from kvblend_rag.store import MemoryStore, StoredChunk
+from kvblend_rag.store.page_locking import locked_bytes
 
 
 def test_the_least_recently_used_leaves_first(make):
@@ -87,6 +88,28 @@ def test_pinned_copies(make, same):
     store.put(make(1))
     assert store.get(make(1).key).is_pinned()
     same(store.read(make(1).key), make(1))
+
+
+def test_page_locked_chunks_count_as_what_they_take(make, monkeypatch):
+    """In powers of two, or the machine runs out of memory long before the bound is reached."""
+    chunks = [make(number, tokens=33) for number in range(4)]
+    one = chunks[0].kv.nbytes
+    taken = locked_bytes(one)
+    assert taken > one
+    spare = []
+    monkeypatch.setattr(MemoryStore, "_own", lambda self, chunk: chunk)
+    monkeypatch.setattr("kvblend_rag.store.memory.give_back", spare.append)
+    store = MemoryStore(2 * taken + one, pin=True)
+    for chunk in chunks:
+        store.put(chunk)
+    assert [store.contains(chunk.key) for chunk in chunks] == [False, False, True, True]
+    assert store.nbytes() == 2 * taken
+    assert set(spare) == {(2 * taken + one) // 8}
+    store.delete([chunks[3].key])
+    assert store.nbytes() == taken
+    small = MemoryStore(taken - 1, pin=True)
+    small.put(chunks[0])
+    assert not small.contains(chunks[0].key)
 
 
 def test_the_least_often_used_leaves_first(make):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -141,10 +141,18 @@ class PagedKV:
         """Keys and values of a request's first tokens, each (tokens, kv_heads, head_dim), out of a layer."""
         return self._read(layer, self.table(block_ids, tokens).long(), tokens)
 
-    def read_all(self, block_ids: BlockIds, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The same out of every layer, in their order."""
-        table = self.table(block_ids, tokens).long()
-        return (self._read(layer, table, tokens) for layer in self.layers)
+    def read_chunk(self, block_ids: BlockIds, start: int, stop: int) -> torch.Tensor:
+        """Some of a request's tokens out of every layer: (layers, 2, tokens, kv_heads, head_dim), contiguous."""
+        if self.caches is not None:
+            from kvblend_rag.kernels.gather import gather  # here, since Triton is where GPUs are
+
+            return gather(self.caches, self.slots(block_ids, torch.arange(start, stop)))
+        chunk = torch.empty(self.chunk_shape(stop - start), dtype=self.dtype, device=self.device)
+        table = self.table(block_ids, stop).long()
+        for layer, halves in zip(self.layers, chunk, strict=True):
+            for half, tokens in zip(halves, self._read(layer, table, stop), strict=True):
+                half.copy_(tokens[start:])
+        return chunk
 
     def _read(self, layer: AttentionLayer, table: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         inside = self._flat(layer.cache[table])

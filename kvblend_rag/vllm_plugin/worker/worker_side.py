@@ -24,6 +24,7 @@ from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import KVBlendError
 from kvblend_rag.report import TierLoad
 from kvblend_rag.store import StoredChunk, TieredStore, open_catalogue, open_store
+from kvblend_rag.store.page_locking import lock_pages_by_threads
 from kvblend_rag.vllm_plugin import compat
 from kvblend_rag.vllm_plugin.metadata import (
     BlendJob,
@@ -42,7 +43,6 @@ from kvblend_rag.vllm_plugin.worker.forward import ScatteredForward
 from kvblend_rag.vllm_plugin.worker.hot_chunks import HotChunks
 from kvblend_rag.vllm_plugin.worker.identity import fingerprint
 from kvblend_rag.vllm_plugin.worker.loader import DirectLoader, Loader
-from kvblend_rag.vllm_plugin.worker.page_locking import lock_pages_by_threads
 from kvblend_rag.vllm_plugin.worker.paged_kv import PagedKV
 from kvblend_rag.vllm_plugin.worker.ranks import Ranks
 from kvblend_rag.vllm_plugin.worker.rehearsal import Rehearsal, Shelf
@@ -136,12 +136,8 @@ class WorkerSide:
         for job in jobs:
             paged, writer = self._paged, self._writer
             assert writer is not None
-            shape = paged.chunk_shape(job.stop - job.start)
-            writer.wait_for_room(math.prod(shape) * paged.dtype.itemsize)
-            kv = torch.empty(shape, dtype=paged.dtype, device=paged.device)
-            for halves, found in zip(kv, paged.read_all(job.block_ids, job.stop), strict=True):
-                for half, tokens in zip(halves, found, strict=True):
-                    half.copy_(tokens[job.start :])
+            writer.wait_for_room(math.prod(paged.chunk_shape(job.stop - job.start)) * paged.dtype.itemsize)
+            kv = paged.read_chunk(job.block_ids, job.start, job.stop)
             writer.write(StoredChunk(job.key, job.namespace, job.token_ids, kv))
 
     def fetch(self, keys: Sequence[str]) -> None:
