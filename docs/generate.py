@@ -237,10 +237,11 @@ def _gpu_more(result: dict[str, Any]) -> str:
     parts = []
     if "prefill_tokens_per_second" in result:
         ingest, prefill = result["ingest_tokens_per_second"], result["prefill_tokens_per_second"]
-        disk = result.get("disk_bytes_per_second")
+        disk, first = result.get("disk_bytes_per_second"), result.get("first_ingest_tokens_per_second")
         parts.append(
             f"Ingest until all is durable: {ingest:,.0f} tokens a second, {ingest / prefill:.2f} of vLLM's own prefill "
             f"of as many chunks ({prefill:,.0f})."
+            + (f" Into memory that is page-locked for it, {first:,.0f} ({first / prefill:.2f})." if first else "")
             + (f" The store's device takes {disk / 1e9:.1f} GB/s.\n" if disk else "\n")
         )
     if result.get("hot"):

@@ -143,7 +143,7 @@ def measure(shape: str, chunk_tokens: int, per_prompt: int, seconds: float, **en
     """
     from kvblend_rag.commands.shapes import SHAPES, write_shape
 
-    rng, vocabulary = np.random.default_rng(0), int(str(SHAPES[shape]["vocab_size"]))
+    rng, vocabulary = np.random.default_rng(0), SHAPES[shape]["vocab_size"]
     with tempfile.TemporaryDirectory(prefix="kvblend-bench-") as folder:
         config = BlendConfig(
             store_path=str(Path(folder) / "store"), ingest_context="none", chunk_size=65_536, planner=False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -20,7 +21,7 @@ TINY = "tiny"
 SMALL = "small"
 """Another, of which a few CPU cores compute some thousand tokens a second."""
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -108,4 +109,11 @@ def write_shape(name: str, folder: Path) -> Path:
     return folder
 
 
-__all__ = ["SHAPES", "write_shape"]
+def kv_bytes_per_token(name: str) -> int:
+    """Bytes of KV of a token at all layers of a shape, in bfloat16."""
+    shape = SHAPES[name]
+    head_dim = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+    return int(2 * 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head_dim)
+
+
+__all__ = ["SHAPES", "kv_bytes_per_token", "write_shape"]

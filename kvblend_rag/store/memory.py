@@ -12,7 +12,7 @@ from kvblend_rag.store.base import ChunkStore, StoredChunk
 from kvblend_rag.store.encoded import buffer_of, in_buffer
 from kvblend_rag.store.eviction import Eviction, Queue, after_use
 from kvblend_rag.store.layout import checked_key
-from kvblend_rag.store.page_locking import give_back, locked_bytes
+from kvblend_rag.store.page_locking import Spare, locked_bytes
 
 _SLACK = 1.125
 
@@ -36,6 +36,7 @@ class MemoryStore(ChunkStore):
     def __init__(self, max_bytes: int, pin: bool = False, eviction: Eviction = "lru") -> None:
         self._max_bytes = max_bytes
         self._pin = pin
+        self._spare = Spare(max_bytes // _SPARE)
         self._eviction = eviction
         self._chunks: dict[str, StoredChunk] = {}
         self._order = Queue()
@@ -62,8 +63,9 @@ class MemoryStore(ChunkStore):
             self._order.set(chunk.key, self._now() if used is None or self._eviction == "lru" else used)
             self._changes[chunk.key] = True
             self._nbytes += nbytes
+            ours = self._nbytes
         if self._pin:
-            give_back(self._max_bytes // _SPARE)
+            self._spare.bound(ours)  # not under the lock: giving back gigabytes takes a while
 
     def read(self, key: str) -> StoredChunk:
         """A chunk; counts a use."""

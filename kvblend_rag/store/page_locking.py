@@ -46,14 +46,38 @@ def locked_bytes(nbytes: int) -> int:
     return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
 
-def give_back(most: int) -> None:
-    """Have PyTorch keep no more free page-locked memory than this, in bytes.
+class Spare:
+    """Free page-locked memory that PyTorch keeps: given back beyond a bound.
 
     What was freed in one size serves no other: without this, memory that is bounded would grow with each size in turn.
+
+    Args:
+        most: bytes that may lie free.
     """
-    counts = torch.cuda.host_memory_stats()
-    if counts and counts["allocated_bytes.current"] - counts["active_bytes.current"] > most:
-        torch._C._host_emptyCache()
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._others: int | None = None
+        """The least that was ever taken beside us: what is not ours and not free. PyTorch's own count of what is in
+        use was seen to grow without end (2.11)."""
+
+    def bound(self, ours: int) -> None:
+        """Give back what is free, if that may be too much.
+
+        Args:
+            ours: bytes that the caller's tensors take.
+        """
+        beside = self._taken() - ours
+        if self._others is None or beside < self._others:
+            self._others = beside
+        elif beside > self._others + self._most:
+            torch._C._host_emptyCache()
+            self._others = self._taken() - ours
+
+    @staticmethod
+    def _taken() -> int:
+        """Bytes that PyTorch has page-locked, in use or free."""
+        return int(torch.cuda.host_memory_stats()["allocated_bytes.current"])
 
 
-__all__ = ["allocator_settings", "give_back", "lock_pages_by_threads", "locked_bytes"]
+__all__ = ["Spare", "allocator_settings", "lock_pages_by_threads", "locked_bytes"]

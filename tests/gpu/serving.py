@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--serve-option", action="append", default=[], help="of both servers, as in --serve-option=X")
     given = parser.parse_args()
     arms = {f"{name} 10 %": {"selector": name, "ratio": 0.1} for name in given.selectors}
-    rng, words = np.random.default_rng(0), int(str(SHAPES[given.shape]["vocab_size"]))
+    rng, words = np.random.default_rng(0), SHAPES[given.shape]["vocab_size"]
     chunks = [rng.integers(100, words, given.chunk_tokens).astype(np.int32) for _ in range(given.population)]
 
     def prompts(count: int, seed: int) -> list[TokenIds]:

@@ -5,7 +5,7 @@ import torch
 
 from kvblend_rag.errors import ChunkMissing
 from kvblend_rag.store import MemoryStore, StoredChunk
-from kvblend_rag.store.page_locking import locked_bytes
+from kvblend_rag.store.page_locking import Spare, locked_bytes
 
 
 def test_the_least_recently_used_leaves_first(make):
@@ -96,15 +96,15 @@ def test_page_locked_chunks_count_as_what_they_take(make, monkeypatch):
     one = chunks[0].kv.nbytes
     taken = locked_bytes(one)
     assert taken > one
-    spare = []
+    ours = []
     monkeypatch.setattr(MemoryStore, "_own", lambda self, chunk: chunk)
-    monkeypatch.setattr("kvblend_rag.store.memory.give_back", spare.append)
+    monkeypatch.setattr(Spare, "bound", lambda self, nbytes: ours.append(nbytes))
     store = MemoryStore(2 * taken + one, pin=True)
     for chunk in chunks:
         store.put(chunk)
     assert [store.contains(chunk.key) for chunk in chunks] == [False, False, True, True]
     assert store.nbytes() == 2 * taken
-    assert set(spare) == {(2 * taken + one) // 8}
+    assert ours == [taken, 2 * taken, 2 * taken, 2 * taken]
     store.delete([chunks[3].key])
     assert store.nbytes() == taken
     small = MemoryStore(taken - 1, pin=True)
