@@ -802,7 +802,7 @@ def _compared(prefix: str) -> str:
             for arm, found in each["arms"].items():
                 rows.append(
                     [
-                        f"{result['engine']['model']}, {group} ({each['questions']})",
+                        f"`{name.removesuffix('.json')}`, {group} ({each['questions']})",
                         f"`{arm}`",
                         f"{found['kl_before'][0]:.3f} → {found['kl_after'][0]:.3f}",
                         cell(found["kl_ratio"], "{:.2f}"),
@@ -810,7 +810,7 @@ def _compared(prefix: str) -> str:
                         cell([100 * value for value in found["f1_difference"]], "{:+.1f}"),
                     ]
                 )
-    return table(["model, questions", "", "KL", "ratio (95 % interval)", "change of ΔNLL", "of F1, points"], rows)
+    return table(["result, questions", "", "KL", "ratio (95 % interval)", "change of ΔNLL", "of F1, points"], rows)
 
 
 _RISKS = {
