@@ -16,8 +16,9 @@ from kvblend_rag.store.page_locking import Spare, locked_bytes
 
 _SLACK = 1.125
 
-_SPARE = 8
-"""Of page-locked memory, this part of the bound may lie free until a chunk of its size comes."""
+_SPARE, _LEAST_SPARE = 8, 2 << 30
+"""Of page-locked memory, this part of the bound may lie free until a chunk of its size comes, and so many bytes in any
+case: what is on its way here while chunks are ingested is told from what is free by nothing but its size."""
 
 
 class MemoryStore(ChunkStore):
@@ -36,7 +37,7 @@ class MemoryStore(ChunkStore):
     def __init__(self, max_bytes: int, pin: bool = False, eviction: Eviction = "lru") -> None:
         self._max_bytes = max_bytes
         self._pin = pin
-        self._spare = Spare(max_bytes // _SPARE)
+        self._spare = Spare(max(max_bytes // _SPARE, _LEAST_SPARE))
         self._eviction = eviction
         self._chunks: dict[str, StoredChunk] = {}
         self._order = Queue()
