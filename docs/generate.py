@@ -817,6 +817,27 @@ def _compared(prefix: str) -> str:
     return table(["result, questions", "", "KL", "ratio (95 % interval)", "change of ΔNLL", "of F1, points"], rows)
 
 
+def calibrations() -> str:
+    """What `kvblend calibrate` said of some models."""
+    rows = []
+    for name, result in _loaded():
+        if not name.startswith("calibrate-"):
+            continue
+        where = result["machine"].get("gpu") or f"{result['machine']['cores']} cores"
+        for context, each in result["contexts"].items():
+            verdict = each["verdict"]
+            rows.append(
+                [
+                    f"`{name.removesuffix('.json')}`",
+                    result["engine"]["model"],
+                    f"{sum(result['questions'].values())}, {result['seconds'] / 60:.0f} minutes, {where}",
+                    context,
+                    f"{verdict['status']}: {verdict['reason']}",
+                ]
+            )
+    return table(["result", "model", "questions", "ingest context", "verdict"], rows)
+
+
 _RISKS = {
     "answer": "fitted, whole answer",
     "first": "fitted, before the first token",
@@ -854,6 +875,7 @@ BLOCKS = {
     "own-documents": own_documents,
     "openings": openings,
     "similar": similar,
+    "calibrations": calibrations,
     "risk": risk,
     "families": families,
     "combinations": combinations,
