@@ -205,7 +205,16 @@ def _calibrate(verbs: Any) -> None:
     parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="as --model")
     parser.add_argument("--docs", metavar="DIR", help="texts that questions are made from; Fennick's when not given")
     parser.add_argument("--questions", metavar="FILE", help="questions with documents, in place of made ones")
-    parser.add_argument("--count", type=int, default=24, metavar="N", help="how many are asked (default 24)")
+    parser.add_argument(
+        "--count", type=int, default=384, metavar="N", help="how many are asked at most (default 384): see --minutes"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=20.0,
+        metavar="N",
+        help="ask until these tell enough, or for about N minutes (default 20)",
+    )
     parser.add_argument(
         "--contexts", nargs="+", default=["document", "long"], metavar="KIND", help="ingest contexts to measure"
     )

@@ -39,13 +39,20 @@ if TYPE_CHECKING:
 CONTEXTS = ("document", "long")
 """The ingest contexts that are measured when none are named."""
 
+MOST, MINUTES = 384, 20.0
+"""Questions that are asked at most, and about how long, all ingest contexts together."""
+
+_FIRST = 24
+"""Questions behind a context before it is looked whether these tell enough."""
+
 
 def run(
     *,
     engine: EngineOptions,
     docs: str | None = None,
     questions: str | None = None,
-    count: int = 24,
+    count: int = MOST,
+    minutes: float = MINUTES,
     contexts: Sequence[str] = CONTEXTS,
     arms: Sequence[str] | None = None,
     max_loss: float = Limits.loss,
@@ -57,7 +64,8 @@ def run(
         engine: model, and the store beside which the verdicts go; its chunks are not touched.
         docs: folder of texts that questions are made from.
         questions: file of questions with documents, in place of made ones; see ``quality.questions``.
-        count: how many are asked.
+        count: how many are asked at most; fewer where these tell enough.
+        minutes: about how long to go on asking, shared among the contexts; the first questions of each are asked.
         contexts: ingest contexts to measure, one engine start each.
         arms: ways of blending; see ``quality.arms``.
         max_loss: nats a token of the gold answer that may be lost.
@@ -71,6 +79,8 @@ def run(
     """
     if count < 1:
         raise ConfigError(f"--count is {count}, and must be 1 or more.")
+    if minutes <= 0:
+        raise ConfigError(f"--minutes is {minutes:g}, and must be more than 0.")
     config = _resolved(engine)
     for kind in contexts:
         config.replace(ingest_context=kind)
@@ -81,18 +91,21 @@ def run(
         "command": shlex.join(["kvblend", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": before,
-        "questions": _kinds(asked),
+        "questions": {},
         "contexts": {},
     }
     verdicts, limits = [], Limits(loss=max_loss)
     for kind in contexts:
         ways = arms or (*BUDGETS, *ADAPTIVE)
-        measured, rows, facts = _measured(config, kind, asked, ways, limits, verbose=engine.verbose)
+        measured, rows, kinds, facts = _measured(
+            config, kind, asked, ways, limits, 60 * minutes / len(contexts), verbose=engine.verbose
+        )
         risk = fit_risk([each.signals for each in rows], [each.differs for each in rows])
         verdict = judge(measured, limits, risk)
         path = write_verdict(verdict, config.store_path)
         verdicts.append(verdict)
         result["engine"] = facts
+        result["questions"] = max(result["questions"], kinds, key=lambda each: sum(each.values()))
         result["seconds"] = round(time.perf_counter() - begun, 1)
         result["contexts"][kind] = {
             "verdict": verdict.to_dict(),
@@ -112,7 +125,9 @@ def run(
             + ". Engines that start beside this store use it; documents must be ingested behind that context."
         )
     elif any(each.status == "undecided" for each in verdicts):
-        console.print("[bold yellow]Undecided[/]: engines go on as without a verdict. Ask more questions: --count.")
+        console.print(
+            "[bold yellow]Undecided[/]: engines go on as without a verdict. Ask more questions: --minutes, --count."
+        )
     else:
         console.print("[bold red]Refused[/]: engines that start beside this store prefill every request in full.")
     if json == "-":
@@ -135,8 +150,15 @@ def _questions(docs: str | None, questions: str | None, count: int) -> list[Ques
 
 
 def _measured(
-    config: BlendConfig, kind: str, questions: Sequence[Question], arms: Sequence[str], limits: Limits, *, verbose: bool
-) -> tuple[Measurement, list[Judged], dict[str, Any]]:
+    config: BlendConfig,
+    kind: str,
+    questions: Sequence[Question],
+    arms: Sequence[str],
+    limits: Limits,
+    seconds: float,
+    *,
+    verbose: bool,
+) -> tuple[Measurement, list[Judged], dict[str, int], dict[str, Any]]:
     from kvblend_rag.demo.prompt import SYSTEM_PROMPT
 
     with tempfile.TemporaryDirectory(prefix="kvblend-calibrate-") as folder:
@@ -151,8 +173,10 @@ def _measured(
             render = renderer(engine, config.system_prompt or SYSTEM_PROMPT)
             asked = prepare(engine, questions, render)
             facts = engine_facts(engine.info, bool(config.engine_args.get("enforce_eager")))
-            measured, rows = measure(llm.kvblend, asked, render, arms=arms, limits=limits, facts=facts)
-            return measured, rows, facts
+            measured, rows = measure(
+                llm.kvblend, asked, render, arms=arms, limits=limits, first=_FIRST, seconds=seconds, facts=facts
+            )
+            return measured, rows, _kinds([each.question for each in asked[: measured.questions]]), facts
 
 
 def _tell(console: Console, measured: Measurement, verdict: Verdict, path: Path) -> None:

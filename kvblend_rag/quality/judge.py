@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ _MISTAKEN = 0.01
 """How often a variation may be taken for better that is not, all that were tried together."""
 _AS_GOOD = 0.05
 """Share of the default's KL by which a cheaper variation may be worse, at the far end of the interval."""
+_EARLY = 0.99
+"""Level of the intervals by which no more questions are asked: who looks several times is wrong more often."""
 _AS_DEAR = 0.01
 """Share of the chunk tokens that a variation may recompute beyond what the default does."""
 
@@ -42,9 +44,11 @@ class Limits:
     deviation: float = 0.05
     """Relative error of stored KV: 8-bit quantisation gives 0.005 (fp8: 0.03), four bits near 0.1."""
     loss: float = 0.05
-    """Nats a token of the gold answer that the whole 95 % interval must stay below; above 0 is worse than a prefill."""
+    """Nats a token of the gold answer that the whole interval must stay below; above 0 is worse than a prefill."""
     kept: float = 0.8
     """Share of what the documents tell the model that must be kept: 1 − KL / KL without documents."""
+    level: float = bootstrap.LEVEL
+    """Of the interval."""
     share: float = 0.5
     """Largest mean share of chunk tokens recomputed; beyond, a full prefill is not much dearer."""
 
@@ -82,6 +86,11 @@ def judge(measured: Measurement, limits: Limits | None = None, risk: RiskModel =
         f"{kept(cell, measured):.0%} of what the documents tell is kept" + (f"; {instead}" if instead else "")
     )
     return _verdict(measured, risk, "accepted", reason, cell)
+
+
+def decided(measured: Measurement, limits: Limits) -> bool:
+    """Whether more questions would hardly change the verdict: by wider intervals, too, there is one."""
+    return judge(measured, replace(limits, level=_EARLY)).status != "undecided"
 
 
 def kept(cell: Cell, measured: Measurement) -> float:
@@ -152,12 +161,12 @@ def _kind(cell: Cell) -> tuple[Any, ...]:
 
 def _passes(cell: Cell, measured: Measurement, limits: Limits) -> bool:
     """The whole interval, since the best of several noisy means is good by chance: with few questions, always one."""
-    return _interval(cell.loss)[2] <= limits.loss and kept(cell, measured) >= limits.kept
+    return _interval(cell.loss, limits.level)[2] <= limits.loss and kept(cell, measured) >= limits.kept
 
 
 def _may_pass(cell: Cell, measured: Measurement, limits: Limits) -> bool:
     """Not shown to lose too much."""
-    return _interval(cell.loss)[1] <= limits.loss and kept(cell, measured) >= limits.kept
+    return _interval(cell.loss, limits.level)[1] <= limits.loss and kept(cell, measured) >= limits.kept
 
 
 def _fault(measured: Measurement, limits: Limits) -> str | None:
@@ -202,8 +211,8 @@ def _too_little(measured: Measurement, limits: Limits) -> str:
     )
 
 
-def _interval(values: Sequence[float]) -> list[float]:
-    return bootstrap.mean(np.asarray(values, dtype=np.float64)).to_list()
+def _interval(values: Sequence[float], level: float = bootstrap.LEVEL) -> list[float]:
+    return bootstrap.mean(np.asarray(values, dtype=np.float64), level=level).to_list()
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -244,4 +253,4 @@ def _verdict(measured: Measurement, risk: RiskModel, status: Any, reason: str, c
     )
 
 
-__all__ = ["Limits", "cheapest", "judge", "kept", "promising", "variation"]
+__all__ = ["Limits", "cheapest", "decided", "judge", "kept", "promising", "variation"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from kvblend_rag.config import BlendConfig, ScoreLayers, as_options
 from kvblend_rag.errors import ChunkRejected
 from kvblend_rag.kvblend import KVBlend
 from kvblend_rag.quality.arms import PLAIN, Arm, parse_arm
-from kvblend_rag.quality.judge import Limits, promising
+from kvblend_rag.quality.judge import Limits, decided, promising
 from kvblend_rag.quality.measurement import Cell, Deviation, Identity, Measurement
 from kvblend_rag.quality.observe import Asked, Observation, Observations, observe
 from kvblend_rag.quality.questions import Question
@@ -51,12 +52,15 @@ def measure(
     *,
     arms: Sequence[str] = (*BUDGETS, *ADAPTIVE),
     limits: Limits | None = None,
+    first: int | None = None,
+    seconds: float | None = None,
     batch: int = 16,
     facts: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> tuple[Measurement, list[Judged]]:
-    """Audit the store, then ask every question in full, again in full, without its documents, and in every way.
+    """Audit the store, then ask questions in full, again in full, without their documents, and in every way.
 
+    As many again are asked until there is a verdict, or none are left, or no time.
     The most promising way is then tried with other spans and other layers.
 
     Args:
@@ -65,6 +69,8 @@ def measure(
         render: makes prompts, as for ``prepare``.
         arms: the ways of blending, as ``arms.parse_arm`` reads them.
         limits: what will be accepted.
+        first: how many are asked before it is looked whether that will do; None: all.
+        seconds: as many again are asked only where that takes no longer in all.
         batch: questions whose documents are stored at a time.
         facts: machine, versions, command; JSON-able.
         progress: show a progress bar.
@@ -74,31 +80,57 @@ def measure(
         EngineUnavailable: the engine does not force tokens, or died.
     """
     ways = [parse_arm(name, kvblend.config) for name in arms]
-    documents = [document for each in asked for document in each.question.documents]
+    documents = [document for each in asked[:first] for document in each.question.documents]
     deviation = audit(kvblend, documents)
     fixed = [Arm(PLAIN, {"blend": False}), Arm(_AGAIN, {"blend": False}), Arm(_EXACT, {"selector": "everything"})]
-    observed = observe(kvblend, asked, [*fixed, *ways], batch=batch, progress=progress)
-    blind = observe(kvblend, [_blind(each, render) for each in asked], fixed[:1], batch=batch, progress=progress)
-    questions = [each.question for each in asked]
-    plain = observed[PLAIN]
-
-    def kl(others: Sequence[Observation]) -> tuple[float, ...]:
-        return tuple(score(*each).kl for each in zip(questions, others, plain, strict=True))
-
-    measurement = Measurement(
-        identity=_identity(kvblend),
-        deviation=deviation,
-        noise_kl=kl(observed[_AGAIN]),
-        exact_kl=kl(observed[_EXACT]),
-        blind_kl=kl(blind[PLAIN]),
-        cells=tuple(_cell(arm, kvblend.config, questions, observed) for arm in ways),
-        facts=dict(facts or {}),
-    )
-    best = promising(measurement, limits or Limits())
+    limits, rounds = limits or Limits(), _rounds(asked, first)
+    observed: Observations = {}
+    blind: list[Observation] = []
+    begun = time.monotonic()
+    done: list[Asked] = []
+    for some in rounds:
+        done += some
+        _extend(observed, observe(kvblend, some, [*fixed, *ways], batch=batch, progress=progress))
+        without = [_blind(each, render) for each in some]
+        blind += observe(kvblend, without, fixed[:1], batch=batch, progress=progress)[PLAIN]
+        questions = [each.question for each in done]
+        plain = observed[PLAIN]
+        noise, exact, lost = (
+            tuple(score(*each).kl for each in zip(questions, others, plain, strict=True))
+            for others in (observed[_AGAIN], observed[_EXACT], blind)
+        )
+        measurement = Measurement(
+            identity=_identity(kvblend),
+            deviation=deviation,
+            noise_kl=noise,
+            exact_kl=exact,
+            blind_kl=lost,
+            cells=tuple(_cell(arm, kvblend.config, questions, observed) for arm in ways),
+            facts=dict(facts or {}),
+        )
+        in_all = 2 * (time.monotonic() - begun)
+        if decided(measurement, limits) or (seconds is not None and in_all > seconds):
+            break
+    best = promising(measurement, limits)
     varied = [] if best is None else _variations(best)
-    observed |= observe(kvblend, asked, varied, batch=batch, progress=progress) if varied else {}
+    observed |= observe(kvblend, done, varied, batch=batch, progress=progress) if varied else {}
     tried = tuple(_cell(arm, kvblend.config, questions, observed) for arm in varied)
     return dataclasses.replace(measurement, variations=tried), _judged(ways, questions, observed)
+
+
+def _rounds(asked: Sequence[Asked], first: int | None) -> Iterator[Sequence[Asked]]:
+    """The questions: some first, then again as many as there were; at least one round, be it of none."""
+    start, stop = 0, first or len(asked)
+    while True:
+        yield asked[start:stop]
+        if stop >= len(asked):
+            return
+        start, stop = stop, 2 * stop
+
+
+def _extend(observed: Observations, more: Observations) -> None:
+    for name, seen in more.items():
+        observed.setdefault(name, []).extend(seen)
 
 
 def audit(kvblend: KVBlend, documents: Sequence[str | TokenIds]) -> Deviation:

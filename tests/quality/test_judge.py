@@ -7,7 +7,7 @@ import pytest
 
 from kvblend_rag.calibration.verdict import Verdict
 from kvblend_rag.config import BlendConfig
-from kvblend_rag.quality.judge import Limits, judge, promising
+from kvblend_rag.quality.judge import Limits, decided, judge, promising
 from kvblend_rag.quality.measurement import Cell, Deviation, Identity, Measurement
 
 QUESTIONS = 40
@@ -205,3 +205,14 @@ def test_with_a_fault_nothing_is_worth_trying():
 def test_without_questions_there_is_no_acceptance():
     nothing = measured(noise_kl=(), exact_kl=(), blind_kl=(), cells=())
     assert "no question" in judge(nothing).reason
+
+
+def test_more_questions_are_asked_until_wider_intervals_tell_too():
+    assert decided(measured(), Limits())
+    assert decided(measured(exact_kl=(0.05,) * QUESTIONS), Limits())  # a fault is one, however many were asked
+    some = [bound / 1000 for bound in range(1, 100)]
+    told = [judge(measured(), Limits(loss=loss)).status for loss in some]
+    early = [decided(measured(), Limits(loss=loss)) for loss in some]
+    assert "undecided" in told
+    assert {status for status, soon in zip(told, early, strict=True) if soon} <= {"accepted", "refused"}
+    assert sum(early) < sum(status != "undecided" for status in told)
