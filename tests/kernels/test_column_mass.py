@@ -37,11 +37,6 @@ def check(keys, dim):
 CASES = {f"{keys}-{dim}": {"keys": keys, "dim": dim} for keys, dim in ((40, 16), (300, 16), (130, 24))}
 
 
-@pytest.fixture(scope="module")
-def wrong(interpreted):
-    return interpreted(CHECK, CASES)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_equals_softmax(wrong, case):
     assert wrong[case] is None, wrong[case]

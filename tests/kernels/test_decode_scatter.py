@@ -102,11 +102,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def wrong(interpreted):
-    return interpreted(CHECK, CASES)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_equals_host(wrong, case):
     assert wrong[case] is None, wrong[case]

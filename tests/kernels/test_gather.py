@@ -32,11 +32,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def wrong(interpreted):
-    return interpreted(CHECK, CASES)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_equals_indexing(wrong, case):
     assert wrong[case] is None, wrong[case]

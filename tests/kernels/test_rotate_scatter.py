@@ -57,11 +57,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def wrong(interpreted):
-    return interpreted(CHECK, CASES)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_equals_plain_path(wrong, case):
     assert wrong[case] is None, wrong[case]
