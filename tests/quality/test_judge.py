@@ -39,7 +39,7 @@ def measured(*, seed=0, dtype="float32", **changes):
         deviation=Deviation(error=2e-6, noise=1e-6, where="the keys of layer 0", chunks=8),
         noise_kl=(1e-7,) * QUESTIONS,
         exact_kl=(2e-7,) * QUESTIONS,
-        blind_kl=(3.0,) * QUESTIONS,
+        blind_kl=(8.0,) * QUESTIONS,
         cells=cells,
     )
     return dataclasses.replace(whole, **changes)
@@ -90,7 +90,14 @@ def test_a_model_that_loses_too_much_is_refused():
 
 def test_a_model_that_forgets_the_documents_is_refused_though_its_gold_answers_are_as_likely():
     forgetful = tuple(cell(share, 0.0, 1.5) for share in (0, 0.2, 0.5))
-    assert "50% of what the documents tell" in judge(measured(cells=forgetful)).reason
+    assert "81% of what the documents tell" in judge(measured(cells=forgetful)).reason
+
+
+def test_where_the_documents_tell_little_a_small_divergence_will_do():
+    near, far = (tuple(cell(share, 0.0, kl) for share in (0, 0.2, 0.5)) for kl in (0.03, 0.1))
+    known = (0.4,) * QUESTIONS
+    assert judge(measured(cells=near, blind_kl=known)).accepted
+    assert judge(measured(cells=far, blind_kl=known)).status == "refused"
 
 
 def test_a_lucky_figure_at_a_small_budget_is_not_chosen():
