@@ -47,8 +47,10 @@ class Limits:
     """Nats a token of the gold answer that the whole interval must stay below; above 0 is worse than a prefill."""
     kept: float = 0.95
     """Share of what the documents tell the model that must be kept: 1 − KL / KL without documents."""
-    kl: float = 0.05
-    """Nats that are always little enough, where the documents tell little that the model did not know."""
+    near: float = 0.05
+    """KL in nats up to which a smaller share, ``least``, will do: documents may tell little."""
+    least: float = 0.8
+    """Share that must be kept in any case."""
     level: float = bootstrap.LEVEL
     """Of the interval."""
     share: float = 0.5
@@ -172,7 +174,7 @@ def _may_pass(cell: Cell, measured: Measurement, limits: Limits) -> bool:
 
 
 def _keeps_enough(cell: Cell, measured: Measurement, limits: Limits) -> bool:
-    return kept(cell, measured) >= limits.kept or _mean(cell.kl) <= limits.kl
+    return kept(cell, measured) >= (limits.least if _mean(cell.kl) <= limits.near else limits.kept)
 
 
 def _fault(measured: Measurement, limits: Limits) -> str | None:

@@ -94,10 +94,11 @@ def test_a_model_that_forgets_the_documents_is_refused_though_its_gold_answers_a
 
 
 def test_where_the_documents_tell_little_a_small_divergence_will_do():
-    near, far = (tuple(cell(share, 0.0, kl) for share in (0, 0.2, 0.5)) for kl in (0.03, 0.1))
-    known = (0.4,) * QUESTIONS
+    near, far = (tuple(cell(share, 0.0, kl) for share in (0, 0.2, 0.5)) for kl in (0.03, 0.06))
+    known, nothing = ((told,) * QUESTIONS for told in (0.4, 0.1))
     assert judge(measured(cells=near, blind_kl=known)).accepted
     assert judge(measured(cells=far, blind_kl=known)).status == "refused"
+    assert judge(measured(cells=near, blind_kl=nothing)).status == "refused"
 
 
 def test_a_lucky_figure_at_a_small_budget_is_not_chosen():
