@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import re
@@ -74,14 +76,19 @@ def test_python_runs_on_the_reader(pages: Any, name: str, real: None, surroundin
 
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_exist(pages: Any, name: str) -> None:
-    """Command lines are parsed by the real parser, targets looked up in the Makefile."""
+    """Command lines are parsed by the real parser, targets looked up in the Makefile, variables among the settings."""
     from kvblend_rag.cli import parse
+    from kvblend_rag.config import BlendConfig
 
+    settings = {f"KVBLEND_{field.name.upper()}" for field in dataclasses.fields(BlendConfig)}
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for block in of(pages, name, "console"):
         for line in block.code.splitlines():
             assert line.startswith("$ "), f"{block.place}: {line}"
-            program, *arguments = shlex.split(line.removeprefix("$ "))
+            words = shlex.split(line.removeprefix("$ "))
+            given = [word.partition("=")[0] for word in itertools.takewhile(lambda word: "=" in word, words)]
+            assert settings.issuperset(given), f"{block.place}: {line}"
+            program, *arguments = words[len(given) :]
             if program == "kvblend":
                 parse(arguments)
             elif program == "make":
