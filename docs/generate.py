@@ -459,7 +459,7 @@ def results() -> str:
             parts.append(_ttft_rows(result))
         elif is_gpu(result):
             parts.append("Random weights in the model's shape: speed only.\n")
-            once = name.startswith("gpu-ingest-")
+            once = all(arm["min_ms"] == arm["max_ms"] for arms in result["results"].values() for arm in arms.values())
             parts.append("Each time to first token was taken once.\n" if once else _gpu_rows(result["results"]))
             parts.append(_gpu_more(result))
         elif is_planner(result):

@@ -76,11 +76,11 @@ for i, (length, (encoding, near)) in enumerate(zip(lengths, json.loads(sys.argv[
 runs = (Match("c1", 3, 0, 9), Match("c2", 14, 5, 40), Match("c0", 60, 2, 28), Match("c1", 90, 1, 8))
 more = (Match("c3", 125, 0, 3), Match("c5", 130, 7, 63), Match("c4", 195, 1, 35), Match("c5", 240, 2, 1))
 plan = BlendPlan(260, runs + more) if len(chunks) > 3 else BlendPlan(120, runs)
-rounds = 2  # the ring goes on where it stopped
+rounds = 2 if len(chunks) > 3 else 3
 for slot_bytes in json.loads(sys.argv[1]):
     stream_loader._SLOT_BYTES = slot_bytes
     loader = stream_loader.StreamLoader(paged)
-    for ask in range(rounds):
+    for ask in range(rounds):  # the ring goes on where it stopped
         for layer in paged.layers:
             layer.cache.zero_()
         slots = torch.randperm(blocks * block_size, generator=generator)[: plan.reused_tokens]
@@ -108,10 +108,10 @@ for slot_bytes in json.loads(sys.argv[1]):
 
 # By bytes of a staging slot, how many chunks each copy brings: of one, then of as many layers as turn alike and fit.
 COPIES = {
-    1 << 20: [3, 3, 3, 6, 3, 3] * 2,
-    30_000: [3] * 7 * 2,  # one layer and no more
-    20_000: [2, 2] * 7 * 2,  # not a layer
-    4_000: [1] * 4 * 7 + [1, 1, 2] * 7,  # not a chunk: it has grown when the next request comes
+    1 << 20: [3, 3, 3, 6, 3, 3] * 3,
+    30_000: [3] * 7 * 3,  # one layer and no more
+    20_000: [2, 2] * 7 * 3,  # not a layer
+    4_000: [1] * 4 * 7 + [1, 1, 2] * 7 * 2,  # not a chunk: it has grown when the next request comes
 }
 
 
