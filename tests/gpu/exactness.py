@@ -1,10 +1,11 @@
 """On a GPU: everything recomputed against plain vLLM, bfloat16, for random models of several families.
 
-    python tests/gpu/exactness.py OUT.json [--eager] [family …]
+    python tests/gpu/exactness.py OUT.json [family …] [--eager] [--ranks N]
 
 Prints, by family and prompt length, the largest difference of 16 greedy tokens' log-probabilities: of
 blending with everything recomputed, and, as the measure of what bfloat16 allows, of plain vLLM with another
-batch shape (half of the prompt in the prefix cache). A script, since CI has no GPU.
+batch shape (half of the prompt in the prefix cache). With ``--ranks`` the model is split over N GPUs (tensor
+parallelism). A script, since CI has no GPU.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def build(family: str, folder: Path) -> Path:
     return folder / family
 
 
-def measure(family: str, eager: bool, folder: Path) -> dict:
+def measure(family: str, eager: bool, ranks: int, folder: Path) -> dict:
     """Differences of one family."""
     from kvblend_rag import LLM, BlendConfig, SamplingParams
 
@@ -67,6 +68,7 @@ def measure(family: str, eager: bool, folder: Path) -> dict:
         max_model_len=8192,
         max_num_batched_tokens=2048,
         gpu_memory_utilization=0.15,
+        tensor_parallel_size=ranks,
     ) as llm:
         engine = llm.kvblend.engine
         found["refusal"] = engine.info.refusal
@@ -130,13 +132,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("families", nargs="*", default=["llama", "qwen3"])
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--ranks", type=int, default=1)
     given = parser.parse_args()
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for family in given.families:
-            results[family] = measure(family, given.eager, Path(folder))
+            results[family] = measure(family, given.eager, given.ranks, Path(folder))
             print(family, json.dumps(results[family], indent=1), flush=True)
-    given.out.write_text(json.dumps({"eager": given.eager, "families": results}, indent=1))
+    given.out.write_text(json.dumps({"eager": given.eager, "ranks": given.ranks, "families": results}, indent=1))
 
 
 if __name__ == "__main__":
