@@ -18,6 +18,9 @@ KINDS = ("cloze", "lookup", "two_chunk")
 
 _SENTENCE = re.compile(r"[^.!?\n|#]{40,240}[.!?]")
 _TELLING = re.compile(r"\b(?:\d[\d.,:]*\d|\d|[A-Z][a-z]{3,}|[a-z]{7,})\b")
+_FROM = 8
+"""Where in a sentence a gap may begin: what stands in front tells which sentence it is."""
+
 _LAST_WORDS = 5
 _KEEPERS = ("Anna Lopez", "Viktor Novak", "Ingrid Larsen", "Carlos Moreno", "Leila Haddad", "Oscar Fischer")
 _FILES = ("Falcon", "Granite", "Orchid", "Beacon", "Saffron", "Glacier", "Lantern", "Meridian")
@@ -38,7 +41,7 @@ def probes(documents: Sequence[str], count: int, *, several: int = 6, seed: int 
     if len(documents) < several:
         raise ConfigError(f"Questions are made over {several} documents each, and there are {len(documents)}.")
     sentences = {place: _SENTENCE.findall(text) for place, text in enumerate(documents)}
-    telling = [place for place, found in sentences.items() if any(_TELLING.search(each[8:]) for each in found)]
+    telling = [place for place, found in sentences.items() if any(_gaps(each.strip()) for each in found)]
     if not telling:
         raise ConfigError("The documents hold no whole sentences to ask about: give --questions.")
     questions = []
@@ -59,9 +62,13 @@ def probes(documents: Sequence[str], count: int, *, several: int = 6, seed: int 
     return questions
 
 
+def _gaps(sentence: str) -> list[re.Match[str]]:
+    return list(_TELLING.finditer(sentence, _FROM))
+
+
 def _cloze(draw: random.Random, sentences: Sequence[str]) -> tuple[str, str]:
-    sentence = draw.choice([each.strip() for each in sentences if _TELLING.search(each.strip()[8:])])
-    word = draw.choice(list(_TELLING.finditer(sentence, 8)))
+    sentence = draw.choice([each.strip() for each in sentences if _gaps(each.strip())])
+    word = draw.choice(_gaps(sentence))
     gap = f"{sentence[: word.start()]}____{sentence[word.end() :]}"
     return f"Which word or number fills the gap in this sentence of the documents: {gap}", word[0]
 

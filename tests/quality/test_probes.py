@@ -45,3 +45,11 @@ def test_a_gap_filled_is_the_sentence_again(questions):
 def test_documents_that_give_no_questions(texts, why):
     with pytest.raises(ConfigError, match=why):
         probes(texts, 3)
+
+
+def test_a_word_that_begins_too_early_is_no_gap():
+    early = "At oncemoreeverybody is in it and so we do it as of now and be."
+    with pytest.raises(ConfigError, match="no whole sentences"):
+        probes([early] * 6, 3)
+    asked = probes([f"{early} And there is one in it that has a Falcon in it, as we do."] * 6, 60)
+    assert {each.answers for each in asked if each.kind == "cloze"} == {("Falcon",)}
