@@ -195,6 +195,8 @@ class Blender:
         """Prompt ranges to recompute, the same as a mask over the reused tokens, and the score's uncovered share."""
         # Without evidence there is nothing on the device to look at, and nothing to wait for.
         upload = self._paged.upload if evidence else None
+        # What positions alone choose is the same on every rank, and a GPU's group takes no tensors of the host.
+        agreed = self._ranks.same if evidence else lambda mask: mask
         recipe, selector = job.recipe, get_selector(job.recipe.selector)
         given = SelectionInput.from_plan(
             job.plan,
@@ -206,14 +208,14 @@ class Blender:
             **evidence,
         )
         if not job.plan.exact_tokens:
-            mask = self._ranks.same(selector.select(given))
+            mask = agreed(selector.select(given))
             return mask_to_ranges(given.positions, mask), mask, selector.uncovered(given, mask)
         exact = [index for index, run in enumerate(job.plan.runs) if run.exact]
         candidates = ~torch.isin(given.run, torch.tensor(exact, device=given.run.device))
         if job.plan.exact_tokens == job.plan.reused_tokens:
             return [], torch.zeros_like(candidates), None
         fewer = given.among(candidates)
-        chosen = self._ranks.same(selector.select(fewer))
+        chosen = agreed(selector.select(fewer))
         left = selector.uncovered(fewer, chosen)
         # Where covering takes too much, what is exact is computed with the rest: a full prefill, as the report says.
         everything = _may_give_up(recipe, left) and bool(chosen.all())
