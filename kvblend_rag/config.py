@@ -31,6 +31,7 @@ _REQUEST_OPTIONS = {
     "layers": "score_layers",
     "coverage": "coverage",
     "full_prefill_share": "full_prefill_share",
+    "carry": "carry",
     "max_risk": "max_risk",
     "on_risk": "on_risk",
     "planner": "planner",
@@ -113,6 +114,10 @@ class BlendConfig:
     """With ``coverage`` below 1: a request whose covering needs more than this share of the reused tokens
     gets a full prefill, which is cheaper then, and exact."""
 
+    carry: float = 0.0
+    """Share of what recomputing changes in a chunk's tokens, on average, by which its other tokens are changed too,
+    0 to 1; 0: they stay as stored."""
+
     max_risk: float = 1.0
     """A blended answer whose estimated risk of differing is above this is not shown, 0 to 1; 1: risk is not judged."""
 
@@ -188,7 +193,7 @@ class BlendConfig:
         Args:
             options: ``blend`` (false: an ordinary prefill), ``exact`` (true: everything is recomputed, as with
                 ``selector: everything``), ``selector``, ``ratio``, ``span``, ``layers``, ``coverage``,
-                ``full_prefill_share``, ``max_risk``, ``on_risk``, ``planner``, ``tenant``.
+                ``full_prefill_share``, ``carry``, ``max_risk``, ``on_risk``, ``planner``, ``tenant``.
 
         Raises:
             ConfigError: an unknown option, or a value that can't be used.
@@ -228,6 +233,7 @@ class BlendConfig:
             ("recompute_ratio", 0, 1),
             ("coverage", 0, 1),
             ("full_prefill_share", 0, 1),
+            ("carry", 0, 1),
             ("max_risk", 0, 1),
             ("span_size", 1, 4_096),
             ("min_run", 1, 65_536),

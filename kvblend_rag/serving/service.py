@@ -35,6 +35,7 @@ _TOLD = (
     "score_layers",
     "coverage",
     "full_prefill_share",
+    "carry",
     "enable_blending",
     "min_run",
     "ingest_context",

@@ -42,6 +42,7 @@ class Recipe:
     coverage: float = 1.0
     full_share: float = 1.0
     layers: ScoreLayers = "later"
+    carry: float = 0.0
     watched: bool = False
     """Whether the request's risk is judged: the next token is compared before and after recomputing."""
 

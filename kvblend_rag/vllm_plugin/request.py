@@ -2,6 +2,7 @@
 
 blend        false for an ordinary prefill
 selector, ratio, span, layers, coverage, full_prefill_share    how recomputed tokens are chosen, and how many
+carry        how much of what that changes is carried to the other tokens
 max_risk     below 1: the next token is compared before and after recomputing, for whoever judges the risk
 planner      false: load every chunk that is found, be it slower than computing it
 tenant       whose chunks may be used; vLLM's own cache_salt means the same
@@ -77,6 +78,7 @@ def recipe_of(config: BlendConfig) -> Recipe:
         config.coverage,
         config.full_prefill_share,
         config.score_layers,
+        config.carry,
         watched=config.max_risk < 1,
     )
 

@@ -16,6 +16,7 @@ from kvblend_rag.selectors.base import Evidence, SelectionInput
 from kvblend_rag.selectors.spans import mask_to_ranges
 from kvblend_rag.store.encoded import KV
 from kvblend_rag.vllm_plugin.metadata import ANOTHER_RANK, DEVICE, BlendJob, Outcome, Recipe
+from kvblend_rag.vllm_plugin.worker.carry_over import CarryOver
 from kvblend_rag.vllm_plugin.worker.evidence import deviation, deviation_layer, question_attention
 from kvblend_rag.vllm_plugin.worker.forward import Row, ScatteredForward
 from kvblend_rag.vllm_plugin.worker.hot_chunks import HotChunks
@@ -86,7 +87,9 @@ class Blender:
         if selector.needs <= {Evidence.LOADED}:
             with _timed(clock, "select"):
                 recomputed, mask, left = self._select(job, {})
-            self._place(job, turns, clock, left_out=mask)
+            # What recomputing changes is told by what was stored.
+            carried = bool(job.recipe.carry) and not bool(mask.all())
+            self._place(job, turns, clock, left_out=None if carried else mask)
         else:
             self._place(job, turns, clock)
             with _timed(clock, "score"):
@@ -98,7 +101,8 @@ class Blender:
             end = job.plan.prompt_tokens if before else job.plan.prompt_tokens - 1
             computed = [(a, min(b, end)) for a, b in job.plan.computed_ranges()]
             after: list[torch.Tensor] = []
-            self._compute(job, _joined([*computed, *recomputed]), after.append if before else None)
+            carry = CarryOver(job, recomputed, self._paged) if job.recipe.carry and recomputed else None
+            self._compute(job, _joined([*computed, *recomputed]), after.append if before else None, carry)
             self._loader.wait_for_all()
             moved = self._moved(before[-1], after[-1]) if before else None
         self._hot.offer({key: kv for key, kv in chunks.items() if tiers[key] != DEVICE})
@@ -227,9 +231,14 @@ class Blender:
         job: BlendJob,
         ranges: Iterable[tuple[int, int]],
         see_last: Callable[[torch.Tensor], None] | None = None,
+        carry: CarryOver | None = None,
     ) -> None:
         rows = [Row(job.token_ids, job.block_ids, start, stop) for start, stop in ranges if start < stop]
-        self._forward.run(rows, around=self._taps, see_last=see_last)
+        if carry is None:
+            self._forward.run(rows, around=self._taps, see_last=see_last)
+        else:
+            taps = Taps([layer.name for layer in self._paged.layers], self._loader.wait, see_new=carry.move)
+            self._forward.run(rows, around=taps, see_last=see_last, begin=carry.begin)
 
     def _moved(self, before: torch.Tensor, after: torch.Tensor) -> float | None:
         """The share of the next token's probability that is elsewhere after recomputing, of two hidden states."""

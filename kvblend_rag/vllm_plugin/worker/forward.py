@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.forward_context import set_forward_context
 
@@ -63,6 +64,7 @@ class ScatteredForward:
         around: AbstractContextManager[Any] | None = None,
         position_offset: int = 0,
         see_last: Callable[[torch.Tensor], None] | None = None,
+        begin: Callable[[npt.NDArray[np.int64]], None] | None = None,
     ) -> TokenIds:
         """Compute the rows, in position order where they don't fit into one forward.
 
@@ -71,6 +73,7 @@ class ScatteredForward:
             around: entered inside the forward context, to look into the layers.
             position_offset: added to the positions that the rotary embedding sees, and to nothing else.
             see_last: called after each forward with the hidden state of its furthest position, (hidden_size,).
+            begin: called before each forward with its positions, (tokens,) in the order in which they go through.
 
         Returns:
             The positions in the order in which they went through the model.
@@ -80,6 +83,8 @@ class ScatteredForward:
             # Backends take a leading run of single-token rows as decodes, so these come first. Of the others the
             # longest do: the last to start is what a GPU waits for when all else is done.
             batch.sort(key=lambda row: (row.stop - row.start > 1, -row.stop))
+            if begin is not None:
+                begin(np.concatenate([np.arange(row.start, row.stop) for row in batch]))
             states = self._run_batch(batch, around or nullcontext(), position_offset)
             if see_last is not None:
                 furthest = max(range(len(batch)), key=lambda index: batch[index].stop)

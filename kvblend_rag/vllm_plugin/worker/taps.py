@@ -21,19 +21,27 @@ class _Stop(Exception):
 
 
 class _TappedLayer:
-    """An attention layer that asks before it writes its KV, and shows its query before it attends."""
+    """An attention layer that asks before it writes its KV, shows its new KV then, and its query before it attends."""
 
-    def __init__(self, layer: Any, before: Callable[[], None], see: Callable[[torch.Tensor], None]) -> None:
-        self._layer, self._before, self._see = layer, before, see
+    def __init__(
+        self,
+        layer: Any,
+        before: Callable[[], None],
+        see: Callable[[torch.Tensor], None],
+        see_new: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    ) -> None:
+        self._layer, self._before, self._see, self._see_new = layer, before, see, see_new
         self.impl = self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
-    def do_kv_cache_update(self, _layer: Any, *args: Any) -> None:
+    def do_kv_cache_update(self, _layer: Any, key: torch.Tensor, value: torch.Tensor, *args: Any) -> None:
         # A load that came later would overwrite what is written here.
         self._before()
-        self._layer.impl.do_kv_cache_update(self._layer, *args)
+        if self._see_new is not None:
+            self._see_new(key, value)
+        self._layer.impl.do_kv_cache_update(self._layer, key, value, *args)
 
     def forward(self, _layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self._see(query)
@@ -65,12 +73,20 @@ class Taps:
         see: layers whose queries are collected; the forward ends when the last of them has written its KV
             and shown its query, which saves the layers behind it.
         whole: do not end it.
+        see_new: called with a layer's name and its new keys and values, each (tokens or more, kv_heads, head_dim),
+            before they are written; not of layers that keep a latent in their place.
     """
 
     def __init__(
-        self, order: Sequence[str], before: Callable[[str], None], see: Collection[str] = (), *, whole: bool = False
+        self,
+        order: Sequence[str],
+        before: Callable[[str], None],
+        see: Collection[str] = (),
+        *,
+        whole: bool = False,
+        see_new: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None,
     ) -> None:
-        self._order, self._before = list(order), before
+        self._order, self._before, self._see_new = list(order), before, see_new
         self.queries: dict[str, list[torch.Tensor]] = {name: [] for name in order if name in see}
         """(tokens, heads, head_dim) of each forward that was run inside."""
         self._last = None if whole else next(reversed(self.queries), None)
@@ -89,7 +105,7 @@ class Taps:
         layers = {name: context.no_compile_layers[name] for name in self._order}
         tapped = {
             name: (_TappedLatentLayer if isinstance(layer, MLAAttention) else _TappedLayer)(
-                layer, self._waits(name), self._sees(name)
+                layer, self._waits(name), self._sees(name), self._sees_new(name)
             )
             for name, layer in layers.items()
         }
@@ -101,6 +117,10 @@ class Taps:
 
     def _waits(self, name: str) -> Callable[[], None]:
         return lambda: self._before(name)
+
+    def _sees_new(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+        see = self._see_new
+        return None if see is None else lambda keys, values: see(name, keys, values)
 
     def _sees(self, name: str) -> Callable[[torch.Tensor], None]:
         def see(query: torch.Tensor) -> None:
