@@ -22,7 +22,7 @@ from kvblend_rag.errors import ConfigError, StoreError
 
 FOLDER = "verdicts"
 FORMAT = 1
-SETTINGS = ("selector", "recompute_ratio", "coverage", "full_prefill_share", "span_size", "score_layers")
+SETTINGS = ("selector", "recompute_ratio", "coverage", "full_prefill_share", "span_size", "score_layers", "carry")
 """The settings that a verdict decides, beside the ingest context."""
 
 

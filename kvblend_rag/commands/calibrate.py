@@ -233,6 +233,8 @@ def _name(cell: Cell) -> str:
         name += f", spans of {settings['span_size']}"
     if settings["score_layers"] != plain.score_layers:
         name += f", layers: {settings['score_layers']}"
+    if settings["carry"] != plain.carry:
+        name += f", carry: {settings['carry']:g}"
     return name
 
 

@@ -31,6 +31,7 @@ ADAPTIVE = ("question:0.5:coverage=0.5", "question:0.5:coverage=0.75")
 
 SPANS = (16, 64)
 LAYERS: tuple[ScoreLayers, ...] = ("later", "all", "upper", "middle")
+CARRY = 0.75
 """What is tried at the most promising budget, one at a time."""
 
 _AGAIN, _EXACT = "plain again", "everything"
@@ -195,13 +196,14 @@ def _identity(kvblend: KVBlend) -> Identity:
 
 
 def _variations(best: Cell) -> list[Arm]:
-    """The same way with another span, and with other layers where it goes by the question's attention."""
+    """The same way with another span, carried, and with other layers where it goes by the question's attention."""
     own = dict(best.settings)
     selector = get_selector(own["selector"])
     if selector.share is not None:
         return []  # nothing is chosen
     asks = Evidence.QUESTION_ATTENTION in selector.needs
     others: list[dict[str, Any]] = [{"span_size": span} for span in SPANS if span != own["span_size"]]
+    others += [{"carry": CARRY}] if not own["carry"] else []
     others += [{"score_layers": layers} for layers in LAYERS if asks and layers != own["score_layers"]]
     return [Arm(f"varied {number}", as_options({**own, **each})) for number, each in enumerate(others)]
 
@@ -229,4 +231,4 @@ def _judged(ways: Sequence[Arm], questions: Sequence[Question], observed: Observ
     return rows
 
 
-__all__ = ["ADAPTIVE", "BUDGETS", "LAYERS", "SPANS", "Judged", "audit", "compare", "measure"]
+__all__ = ["ADAPTIVE", "BUDGETS", "CARRY", "LAYERS", "SPANS", "Judged", "audit", "compare", "measure"]

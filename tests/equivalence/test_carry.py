@@ -59,6 +59,20 @@ def test_a_change_that_all_tokens_share_is_undone(rig, pushed, selector):
     assert carried.difference(plain) < TOLERANCE
 
 
+def test_what_is_carried_is_not_taken_for_what_is_not(rig, pushed):
+    prompt = prompt_of(rig, pushed)
+    budget = {"selector": "first", "ratio": 0.3}
+    alone = [rig.fresh([prompt], carry=carry, **budget)[0] for carry in (0.0, 0.5, 1.0)]
+    rig.reset()
+    for carry, expected in zip((0.0, 0.5, 1.0), alone, strict=True):
+        (answer,) = rig.ask([prompt], carry=carry, **budget)
+        assert answer.report.cached_tokens < 48
+        assert answer.difference(expected) < TOLERANCE
+        (again,) = rig.ask([prompt], carry=carry, **budget)
+        assert again.report.cached_tokens > 350
+        assert again.difference(expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("selector", ["first", "deviation", "question", "everything"])
 def test_with_everything_recomputed_nothing_is_left_to_change(rig, pushed, selector):
     prompt = prompt_of(rig, pushed)

@@ -503,6 +503,7 @@ def _digest(plan: BlendPlan, recipe: Recipe) -> str:
         coverage=recipe.coverage,
         full_share=recipe.full_share,
         layers=recipe.layers,
+        carry=recipe.carry,
     )
 
 
