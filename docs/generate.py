@@ -797,6 +797,11 @@ def openings() -> str:
     return _compared("openings-")
 
 
+def carried() -> str:
+    """What `carry` changed."""
+    return _compared("carried-")
+
+
 def _compared(prefix: str) -> str:
     """Results of `tools/compare_quality.py`, of files whose names begin so."""
     rows = []
@@ -874,6 +879,7 @@ def risk() -> str:
 BLOCKS = {
     "faults": faults,
     "own-documents": own_documents,
+    "carried": carried,
     "openings": openings,
     "similar": similar,
     "calibrations": calibrations,

@@ -1,10 +1,11 @@
 """Two results of ``kvblend eval`` on one model against each other: paired differences over the questions of both.
 
-For what takes an engine of its own, as another ingest context does; or, with ``--contexts``, of one result that has
-the arms behind two.
+For what takes an engine of its own, as another ingest context does; or of one result that has the arms behind two
+contexts (``--contexts``), or with an option and without it (``--options``).
 
     python tools/compare_quality.py BEFORE.json AFTER.json --arms reuse question:0.15 --json OUT.json
     python tools/compare_quality.py BOTH.json BOTH.json --contexts long similar --json OUT.json
+    python tools/compare_quality.py BOTH.json BOTH.json --options "" carry=0.75 --arms question:0.15 --json OUT.json
 """
 
 from __future__ import annotations
@@ -23,17 +24,16 @@ MADE = "questions made here"
 
 
 def compared(
-    before: dict[str, Any], after: dict[str, Any], arms: list[str], contexts: tuple[str, str] = ("", "")
+    before: dict[str, Any], after: dict[str, Any], arms: list[str], endings: tuple[str, str] = ("", "")
 ) -> dict[str, Any]:
     """By group and arm: KL of both and its ratio, and what changed in ΔNLL and F1, with 95 % intervals.
 
     Args:
         before: a result.
         after: another one, or the same.
-        arms: as both name them, but for the context.
-        contexts: the ingest contexts that the names of ``before`` and ``after`` end in; empty for the configured one.
+        arms: as both name them, but for their endings.
+        endings: what the names of ``before`` and ``after`` end in.
     """
-    endings = [f"@{context}" if context else "" for context in contexts]
     rows = [{(row["set"], row["id"]): row["arms"] for row in each["samples"]} for each in (before, after)]
     both = sorted(rows[0].keys() & rows[1].keys())
     places = {ALL: both, REAL: [key for key in both if key[0] not in MADE_SETS]}
@@ -74,7 +74,12 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["reuse", "question:0.15"])
     parser.add_argument("--contexts", nargs=2, default=["", ""], help="that BEFORE's and AFTER's arms name")
     parser.add_argument("--json", type=Path, required=True, help="where to write the result")
+    parser.add_argument("--options", nargs=2, default=["", ""], help="the same of a request's options")
     given = parser.parse_args()
+    endings = [
+        (f":{option}" if option else "") + (f"@{context}" if context else "")
+        for option, context in zip(given.options, given.contexts, strict=True)
+    ]
     before, after = (json.loads(file.read_text(encoding="utf-8")) for file in (given.before, given.after))
     result = {
         "date": after["date"],
@@ -82,7 +87,7 @@ def main() -> None:
         "engine": after["engine"],
         "before": before["command"],
         "after": after["command"],
-        "comparison": compared(before, after, given.arms, tuple(given.contexts)),
+        "comparison": compared(before, after, given.arms, (endings[0], endings[1])),
     }
     given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

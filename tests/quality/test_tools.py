@@ -99,11 +99,24 @@ def test_two_results_are_compared_over_the_questions_of_both(compare):
     assert row["nll_difference"] == [0.0, 0.0, 0.0]
 
 
-def test_one_results_arms_are_compared_with_those_behind_another_context(compare):
+@pytest.mark.parametrize(
+    ("ending", "options"),
+    [
+        ("@similar", ["--contexts", "", "similar"]),
+        (":carry=0.75", ["--options", "", "carry=0.75"]),
+        (":carry=0.75@bos", ["--options", "", "carry=0.75", "--contexts", "", "bos"]),
+    ],
+)
+def test_one_results_arms_are_compared_with_those_of_another_ending(compare, ending, options, tmp_path, monkeypatch):
     both = _result("abc", kl=0.4)
     for row in both["samples"]:
-        row["arms"]["reuse@similar"] = {**row["arms"]["reuse"], "kl": 0.3}
-    row = compare.compared(both, both, ["reuse"], ("", "similar"))["all"]["arms"]["reuse"]
+        row["arms"][f"reuse{ending}"] = {**row["arms"]["reuse"], "kl": 0.3}
+    file, out = tmp_path / "both.json", tmp_path / "out.json"
+    file.write_text(json.dumps(both))
+    given = [str(file), str(file), "--arms", "reuse", *options, "--json", str(out)]
+    monkeypatch.setattr("sys.argv", ["compare_quality.py", *given])
+    compare.main()
+    row = json.loads(out.read_text())["comparison"]["all"]["arms"]["reuse"]
     assert row["kl_ratio"] == pytest.approx([0.75, 0.75, 0.75])
 
 
