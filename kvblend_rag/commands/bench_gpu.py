@@ -62,7 +62,7 @@ def arms(spans: Sequence[int]) -> dict[str, dict[str, Any] | None]:
         named[f"first 10 %, spans of {span}"] = {"selector": "first", "ratio": 0.1, "span": span}
         asked = {"selector": "question", "ratio": 0.1, "span": span}
         named[f"question 10 %, spans of {span}"] = asked
-        named[f"question 10 %, spans of {span}, carried"] = {**asked, "carry": 0.75}
+        named[f"question 10 %, spans of {span}, carried"] = {**asked, "carry": 0.5}
     return named
 
 

@@ -31,7 +31,7 @@ ADAPTIVE = ("question:0.5:coverage=0.5", "question:0.5:coverage=0.75")
 
 SPANS = (16, 64)
 LAYERS: tuple[ScoreLayers, ...] = ("later", "all", "upper", "middle")
-CARRY = 0.75
+CARRY = 0.5
 """What is tried at the most promising budget, one at a time."""
 
 _AGAIN, _EXACT = "plain again", "everything"

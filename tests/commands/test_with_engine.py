@@ -290,10 +290,10 @@ def test_calibrate(kvblend, shared_engine, folder, questions, given, kinds):
     cells = found["measurement"]["cells"]
     assert [each["settings"]["selector"] for each in cells] == ["none", "question", "question"]
     tried = [each["settings"] for each in found["measurement"]["variations"]]
-    changed = [{"span_size": 64}, {"carry": 0.75}, *({"score_layers": name} for name in ("all", "upper", "middle"))]
+    changed = [{"span_size": 64}, {"carry": 0.5}, *({"score_layers": name} for name in ("all", "upper", "middle"))]
     assert tried in ([{**each["settings"], **change} for change in changed] for each in cells[1:])
     assert "spans of 64" in ran.stdout
-    assert "carry: 0.75" in ran.stdout
+    assert "carry: 0.5" in ran.stdout
     assert len({tuple(each["kl"]) for each in found["measurement"]["variations"]}) > 1
     assert max(found["measurement"]["exact_kl"]) < 1e-5 < min(found["measurement"]["blind_kl"])
     assert found["measurement"]["deviation"]["error"] < 1e-3
