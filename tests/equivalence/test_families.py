@@ -95,6 +95,7 @@ def test_in_brief(rigs, amx, family):
     assert all(answer.report.blended for answer in answers)
     assert max(a.difference(rig.plain(p)) for a, p in zip(answers, prompts, strict=True)) < TOLERANCE
     test_stored_kv_is_exact_where_it_was_computed(rig)
+    test_where_stored_kv_is_exact_nothing_is_carried(rig)
     test_approximate_blending_reuses_what_it_says(rig, "question")
     test_plain_requests_after_blended_ones_are_plain(rig)
 
@@ -179,6 +180,14 @@ def test_stored_kv_is_exact_where_it_was_computed(rig):
     (answer,) = rig.fresh([prompt], selector="none")
     assert answer.report.reused_tokens == 200
     assert answer.report.recomputed_tokens == 0
+    assert answer.difference(rig.plain(prompt)) < TOLERANCE
+
+
+def test_where_stored_kv_is_exact_nothing_is_carried(rig):
+    """New keys and values are the stored ones, whatever a family does with them before they are cached."""
+    prompt = [*rig.info.context, *rig.chunks[200], *rig.tokens(40, 5)]
+    (answer,) = rig.fresh([prompt], selector="first", ratio=0.3, carry=1.0)
+    assert (answer.report.reused_tokens, answer.report.recomputed_tokens) == (140, 60)
     assert answer.difference(rig.plain(prompt)) < TOLERANCE
 
 
