@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,37 @@ from kvblend_rag.blend.carry import carried
 from kvblend_rag.blend.rope import Rotary, rotate, shift
 from kvblend_rag.vllm_plugin.metadata import BlendJob
 from kvblend_rag.vllm_plugin.worker.loader import Turn, turning
-from kvblend_rag.vllm_plugin.worker.paged_kv import AttentionLayer, PagedKV
+from kvblend_rag.vllm_plugin.worker.paged_kv import PagedKV
+
+_Where = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""Of some reused tokens: prompt position and index of the run."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one forward shows and moves; tensors are int64, on the device."""
+
+    among: torch.Tensor
+    """(recomputed tokens,), which of the forward's tokens they are."""
+    shown: torch.Tensor
+    """(recomputed tokens,), their positions."""
+    shown_run: torch.Tensor
+    others: torch.Tensor
+    """(other tokens,), positions."""
+    others_run: torch.Tensor
+    slots: torch.Tensor
+    """(other tokens,), in the paged cache."""
+    turns: dict[tuple[int, bool], tuple[Turn, Turn]] = field(default_factory=dict)
+
+    def rotations(self, rotary: Rotary | None) -> tuple[Turn | None, Turn | None]:
+        """From where the recomputed tokens stand to position 0, and from there to where the others stand."""
+        which = turning(rotary)
+        if rotary is None or which is None:
+            return None, None
+        if which not in self.turns:
+            back = shift(rotary, self.shown, torch.zeros_like(self.shown))
+            self.turns[which] = back, shift(rotary, torch.zeros_like(self.others), self.others)
+        return self.turns[which]
 
 
 class CarryOver:
@@ -36,30 +67,34 @@ class CarryOver:
         for start, stop in recomputed:
             again[start:stop] = True
         again = again[positions]
-        self._shown, self._shown_run = positions[again], run[again]
-        self._others, self._others_run = positions[~again & ~exact], run[~again & ~exact]
-        self._turns: dict[tuple[int, bool] | None, tuple[Turn | None, Turn | None]] = {}
-        self._from: torch.Tensor | None = None
+        self._shown: _Where = positions[again], run[again]
+        self._others: _Where = positions[~again & ~exact], run[~again & ~exact]
+        self._part: _Part | None = None
 
     def begin(self, positions: npt.NDArray[np.int64]) -> None:
         """Prepare for a forward over these positions, (tokens,) in the order in which they go through the model."""
-        upload = self._paged.upload
+        self._part = None
         in_order = np.argsort(positions)
-        at = np.searchsorted(positions, self._shown, sorter=in_order).clip(max=len(positions) - 1)
-        here = positions[in_order[at]] == self._shown
-        shown = self._shown[here]
-        reach = shown[-1] if len(shown) and shown[-1] != self._shown[-1] else self._job.plan.prompt_tokens
-        near = self._others < reach
-        others = self._others[near]
-        self._from = None
-        if len(shown) and len(others):
-            self._from = upload(torch.from_numpy(in_order[at[here]]))
-            self._at, self._of = upload(torch.from_numpy(shown)), upload(torch.from_numpy(self._shown_run[here]))
-            self._to, self._to_run = upload(torch.from_numpy(others)), upload(torch.from_numpy(self._others_run[near]))
-            self._slots = self._paged.slots(self._job.block_ids, torch.from_numpy(others))
-            self._turns.clear()
-        if len(shown):
-            self._others, self._others_run = self._others[~near], self._others_run[~near]
+        all_shown, run = self._shown
+        at = np.searchsorted(positions, all_shown, sorter=in_order).clip(max=len(positions) - 1)
+        here = positions[in_order[at]] == all_shown
+        if not here.any():
+            return
+        shown = all_shown[here]
+        # Those behind the last one shown wait for the next forward, if that shows any.
+        reach = self._job.plan.prompt_tokens if shown[-1] == all_shown[-1] else shown[-1]
+        others, others_run = self._others
+        near = others < reach
+        self._others = others[~near], others_run[~near]
+        if near.any():
+            self._part = _Part(
+                among=self._upload(in_order[at[here]]),
+                shown=self._upload(shown),
+                shown_run=self._upload(run[here]),
+                others=self._upload(others[near]),
+                others_run=self._upload(others_run[near]),
+                slots=self._paged.slots(self._job.block_ids, torch.from_numpy(others[near])),
+            )
 
     def move(self, layer_name: str, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Move the other tokens' KV of one layer.
@@ -69,30 +104,23 @@ class CarryOver:
             keys: (tokens, kv_heads, head_dim), the new keys of the forward's tokens, rotated.
             values: the same, of their values.
         """
-        if self._from is None:
+        part = self._part
+        if part is None:
             return
         layer, job = self._layers[layer_name], self._job
-        back, forth = self._rotations(layer)
+        back, forth = part.rotations(layer.rotary)
         stored_keys, stored_values = self._paged.read(layer, job.block_ids, job.plan.prompt_tokens)
-        key_changes = keys[self._from].float() - stored_keys[self._at].float()
-        value_changes = values[self._from].float() - stored_values[self._at].float()
+        key_changes = keys[part.among].float() - stored_keys[part.shown].float()
+        value_changes = values[part.among].float() - stored_values[part.shown].float()
         changes = torch.cat([_turned(key_changes, back, layer.rotary), value_changes], dim=1)
-        moves = job.recipe.carry * carried(changes, self._of, len(job.plan.runs))[self._to_run]
+        moves = job.recipe.carry * carried(changes, part.shown_run, len(job.plan.runs))[part.others_run]
         key_moves, value_moves = moves.chunk(2, dim=1)
-        moved_keys = stored_keys[self._to].float() + _turned(key_moves, forth, layer.rotary)
-        moved_values = stored_values[self._to].float() + value_moves
-        self._paged.write(layer, moved_keys.to(keys.dtype), moved_values.to(values.dtype), self._slots)
+        moved_keys = stored_keys[part.others].float() + _turned(key_moves, forth, layer.rotary)
+        moved_values = stored_values[part.others].float() + value_moves
+        self._paged.write(layer, moved_keys.to(keys.dtype), moved_values.to(values.dtype), part.slots)
 
-    def _rotations(self, layer: AttentionLayer) -> tuple[Turn | None, Turn | None]:
-        """From where the recomputed tokens stand to position 0, and from there to where the others stand."""
-        which = turning(layer.rotary)
-        if which not in self._turns:
-            if layer.rotary is None or which is None:
-                self._turns[which] = None, None
-            else:
-                first = torch.zeros_like(self._at), torch.zeros_like(self._to)
-                self._turns[which] = shift(layer.rotary, self._at, first[0]), shift(layer.rotary, first[1], self._to)
-        return self._turns[which]
+    def _upload(self, indices: npt.NDArray[np.int64]) -> torch.Tensor:
+        return self._paged.upload(torch.from_numpy(indices))
 
 
 def _turned(keys: torch.Tensor, turn: Turn | None, rotary: Rotary | None) -> torch.Tensor:
