@@ -49,7 +49,6 @@ def prompt_of(rig, chunks):
 
 @pytest.mark.parametrize("selector", ["first", "question"])  # the pass of ``deviation`` writes the only layer anew
 def test_a_change_that_all_tokens_share_is_undone(rig, pushed, selector):
-    # The forward is in several parts here: the engine takes eight rows at a time.
     prompt = prompt_of(rig, pushed)
     (stored,) = rig.fresh([prompt], selector=selector, ratio=0.3)
     (carried,) = rig.fresh([prompt], selector=selector, ratio=0.3, carry=1.0)
