@@ -653,6 +653,24 @@ class Rig:
         layout = StoreLayout(Path(self.llm.kvblend.config.store_path))
         return layout.chunk_path(self.key(chunk, tenant), shard)
 
+    def stored(self, chunk: np.ndarray) -> Any:
+        """The KV in a chunk's file."""
+        from kvblend_rag.store.chunk_file import read_chunk
+        from kvblend_rag.store.layout import StoreLayout
+
+        path = self.file(chunk)
+        return read_chunk(StoreLayout(path.parents[2]), path, self.key(chunk), (0, 1)).kv
+
+    def rewrite(self, chunk: np.ndarray, kv: Any) -> None:
+        """Put another KV into a chunk's file, its checksum right."""
+        from kvblend_rag.store.base import StoredChunk
+        from kvblend_rag.store.chunk_file import encode_chunk, write_chunk
+        from kvblend_rag.store.layout import StoreLayout
+
+        path, key = self.file(chunk), self.key(chunk)
+        layout = StoreLayout(path.parents[2])
+        write_chunk(layout, path, encode_chunk(layout, StoredChunk(key, self.space(), chunk, kv.contiguous()), (0, 1)))
+
 
 class _Rigs:
     """Starts engines, the last one asked for alive."""

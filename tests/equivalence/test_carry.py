@@ -8,9 +8,6 @@ import torch
 
 from kvblend_rag.blend.carry import carried
 from kvblend_rag.blend.rope import Rotary, rotate, shift
-from kvblend_rag.store.base import StoredChunk
-from kvblend_rag.store.chunk_file import encode_chunk, read_chunk, write_chunk
-from kvblend_rag.store.layout import StoreLayout
 
 TOLERANCE = 1e-4
 
@@ -30,16 +27,13 @@ def pushed(rig, tiny_model):
     rotary = LlamaRotaryEmbedding(transformers.AutoConfig.from_pretrained(tiny_model("llama-one-layer")))
     chunks = [rig.tokens(150, 71), rig.tokens(200, 72)]
     rig.store(*chunks)
-    layout = StoreLayout(rig.file(chunks[0]).parents[2])
-    found = [read_chunk(layout, rig.file(each), rig.key(each), (0, 1)).kv for each in chunks]
+    found = [rig.stored(each) for each in chunks]
     key, value = torch.randn(2, *found[0].shape[3:], generator=torch.Generator().manual_seed(0))
     value *= found[0][:, 1].std()
     for chunk, kv in zip(chunks, found, strict=True):
         here = key.expand(1, kv.shape[2], -1, -1).transpose(1, 2)
         turned, _ = apply_rotary_pos_emb(here, here, *rotary(here, torch.arange(kv.shape[2])[None]))
-        kv = torch.stack([kv[:, 0] + turned.transpose(1, 2), kv[:, 1] + value], dim=1)
-        stored = StoredChunk(rig.key(chunk), rig.space(), chunk, kv.contiguous())
-        write_chunk(layout, rig.file(chunk), encode_chunk(layout, stored, (0, 1)))
+        rig.rewrite(chunk, torch.stack([kv[:, 0] + turned.transpose(1, 2), kv[:, 1] + value], dim=1))
     return chunks
 
 

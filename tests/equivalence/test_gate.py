@@ -18,21 +18,11 @@ from kvblend_rag.quality.measure import compare, measure
 from kvblend_rag.quality.observe import prepare
 from kvblend_rag.quality.prompt import renderer
 from kvblend_rag.quality.two_chunk import two_chunk_questions
-from kvblend_rag.store.base import StoredChunk
-from kvblend_rag.store.chunk_file import encode_chunk, write_chunk
-from kvblend_rag.store.layout import StoreLayout
 
 SEEDS = range(10)
 # A measurement of answers takes ten seconds; the rest of the ten seeds is for the whole matrix.
 MEASURED = [pytest.param(seed, marks=[pytest.mark.full] if seed > 1 else []) for seed in SEEDS]
 ARMS = ("reuse", "question:0.2", "question:0.5")
-
-
-def rewritten(rig, chunk, kv):
-    """Another KV in a chunk's file, its checksum right."""
-    path, key = rig.file(chunk), rig.key(chunk)
-    layout = StoreLayout(path.parents[2])
-    write_chunk(layout, path, encode_chunk(layout, StoredChunk(key, rig.space(), chunk, kv.contiguous()), (0, 1)))
 
 
 def turned(kv, _other, _seed):
@@ -100,10 +90,7 @@ def chunks_of(rig, seed):
     length = int(np.random.default_rng(seed).integers(60, 200))
     chunks = [rig.tokens(length, 90_000 + 10 * seed + number) for number in range(2)]
     rig.store(*chunks)
-    layout = StoreLayout(rig.file(chunks[0]).parents[2])
-    from kvblend_rag.store.chunk_file import read_chunk
-
-    return chunks, [read_chunk(layout, rig.file(each), rig.key(each), (0, 1)).kv for each in chunks]
+    return chunks, [rig.stored(each) for each in chunks]
 
 
 def deviation(rig, chunks):
@@ -140,18 +127,18 @@ def test_a_sound_store_is_no_fault_and_every_planted_one_is(rig, foreign, sound,
     planted["another model's KV"] = foreign(rig.info.context, chunks[0])
     for name, kv in planted.items():
         assert kv.shape == stored[0].shape
-        rewritten(rig, chunks[0], kv)
+        rig.rewrite(chunks[0], kv)
         verdict = judge(dataclasses.replace(sound, deviation=deviation(rig, chunks)))
         assert not verdict.accepted, name
         assert verdict.reason.startswith("stored KV is not what the model computes"), name
-    rewritten(rig, chunks[0], stored[0])
+    rig.rewrite(chunks[0], stored[0])
     assert judge(dataclasses.replace(sound, deviation=deviation(rig, chunks))).accepted
 
 
 def test_eight_bits_are_fine_enough(rig, sound):
     chunks, stored = chunks_of(rig, 99)
     scale = stored[0].abs().amax(-1, keepdim=True) / 127
-    rewritten(rig, chunks[0], (stored[0] / scale).round() * scale)
+    rig.rewrite(chunks[0], (stored[0] / scale).round() * scale)
     found = deviation(rig, chunks)
     assert found.error > 1e-3
     assert judge(dataclasses.replace(sound, deviation=found)).accepted

@@ -8,10 +8,6 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from kvblend_rag.store.base import StoredChunk
-from kvblend_rag.store.chunk_file import encode_chunk, read_chunk, write_chunk
-from kvblend_rag.store.layout import StoreLayout
-
 TOLERANCE = 1e-4
 
 
@@ -75,25 +71,14 @@ def test_between_swapped_chunks_much_moves(rig):
     rig.store(*chunks)
     asked = np.concatenate([rig.info.context, chunks[0], rig.tokens(1, 7), chunks[1], rig.tokens(40, 5)])
     sound = moved(rig, asked)
-    stored = [kv_of(rig, chunk) for chunk in chunks]
+    stored = [rig.stored(chunk) for chunk in chunks]
     for chunk, kv in zip(chunks, reversed(stored), strict=True):
-        put(rig, chunk, kv)
+        rig.rewrite(chunk, kv)
     swapped = moved(rig, asked)
     for chunk, kv in zip(chunks, stored, strict=True):
-        put(rig, chunk, kv)
+        rig.rewrite(chunk, kv)
     assert swapped > 3 * sound
     assert moved(rig, asked) == pytest.approx(sound, abs=1e-6)
-
-
-def kv_of(rig, chunk):
-    path = rig.file(chunk)
-    return read_chunk(StoreLayout(path.parents[2]), path, rig.key(chunk), (0, 1)).kv
-
-
-def put(rig, chunk, kv):
-    path = rig.file(chunk)
-    layout = StoreLayout(path.parents[2])
-    write_chunk(layout, path, encode_chunk(layout, StoredChunk(rig.key(chunk), rig.space(), chunk, kv), (0, 1)))
 
 
 @pytest.mark.parametrize("layers", ["later", "middle"])
