@@ -12,6 +12,9 @@ from kvblend_rag.store.encoding import Encoding, Shape, Tensors, decode, encode,
 
 _ALIGNMENT = 64
 
+_LAYERS_AT_ONCE = 4
+"""Encoded together: on the way values are float32, for which a GPU that serves has little room."""
+
 
 class Place(NamedTuple):
     """Where a tensor lies in a buffer."""
@@ -121,17 +124,20 @@ def in_buffer(kv: KV, buffer: torch.Tensor) -> KV:
 
 
 def encoded(kv: torch.Tensor, encoding: Encoding) -> KV:
-    """KV as an encoding keeps it; itself where that is as computed."""
+    """KV as an encoding keeps it, on the same device; itself where that is as computed."""
     if encoding == "none":
         return kv
-    tensors = encode(kv, encoding)
+    layers, two, tokens, heads, dim = kv.shape
     places, end = {}, 0
-    for name, tensor in tensors.items():
-        places[name] = Place(end, tensor.dtype, tuple(tensor.shape))
-        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    made = EncodedKV(encoding, kv.dtype, torch.empty(end, dtype=torch.uint8), places)
-    for name, view in made.tensors.items():
-        view.copy_(tensors[name])
+    for name, (dtype, shape) in kept_as((layers, two, tokens, heads, dim), encoding, kv.dtype).items():
+        places[name] = Place(end, dtype, shape)
+        end += -(-places[name].nbytes // _ALIGNMENT) * _ALIGNMENT
+    made = EncodedKV(encoding, kv.dtype, torch.empty(end, dtype=torch.uint8, device=kv.device), places)
+    views = made.tensors
+    for start in range(0, layers, _LAYERS_AT_ONCE):
+        part = slice(start, start + _LAYERS_AT_ONCE)
+        for name, tensor in encode(kv[part], encoding).items():
+            views[name][part].copy_(tensor)
     return made
 
 

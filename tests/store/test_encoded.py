@@ -68,6 +68,18 @@ def test_what_an_encoding_keeps_is_said_beforehand(encoding, dtype):
 
 
 @pytest.mark.parametrize("encoding", LOSSY)
+def test_many_layers_are_encoded_as_each_of_them(encoding):
+    generator = torch.Generator().manual_seed(0)
+    kv = torch.randn(9, 2, 21, 2, 40, generator=generator).to(torch.bfloat16) * torch.arange(1, 10).view(9, 1, 1, 1, 1)
+    made = encoded(kv, encoding)
+    assert {name: tensor.shape for name, tensor in made.tensors.items()} == {
+        name: tensor.shape for name, tensor in encode(kv, encoding).items()
+    }
+    assert torch.equal(made.decode(), round_trip(kv, encoding))
+    assert torch.equal(made.decode_layer(7, torch.device("cpu")), round_trip(kv[7:8], encoding)[0])
+
+
+@pytest.mark.parametrize("encoding", LOSSY)
 def test_every_byte_is_verified(root, encoding):
     layout = StoreLayout(root, encoding=encoding, decoding=False)
     stored, path = chunk(9), layout.chunk_path(chunk(9).key, SHARD)

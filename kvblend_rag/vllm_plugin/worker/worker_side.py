@@ -291,7 +291,8 @@ class WorkerSide:
             pin, decoding = self._paged.device.type == "cuda", self._paged.caches is None
             self._store = open_store(self._config, shard, pin=pin, decoding=decoding)
             catalogue = open_catalogue(self._config)
-            self._writer = Writer(self._store, catalogue, shard, self._paged.device)
+            encoding = "none" if decoding else self._config.encoding
+            self._writer = Writer(self._store, catalogue, shard, self._paged.device, encoding)
             loader = _fastest_loader(self._paged)
             self._hot = HotChunks(hot_bytes(self._vllm_config), self._paged.device)
             self._blender = Blender(self._paged, forward, loader, self._store, self._hot, len(context), ranks)
