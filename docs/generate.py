@@ -851,6 +851,8 @@ _RISKS = {
     "answer_unmoved": "fitted, whole answer, without what recomputing moved",
     "first_unmoved": "fitted, before the first token, without what recomputing moved",
     "moved": "what recomputing moved, alone",
+    "answer_undisputed": "fitted, whole answer, without a second opinion",
+    "disputed": "a second opinion, alone",
 }
 
 

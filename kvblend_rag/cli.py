@@ -250,6 +250,7 @@ def _bench(verbs: Any) -> None:
     parser.add_argument(
         "--device-gb", type=float, default=0.0, metavar="GIB", help="a second engine with chunks in GPU memory; 0: none"
     )
+    parser.add_argument("--encoding", default="none", metavar="NAME", help="as which chunks are kept (default none)")
     parser.add_argument("--plot", metavar="FILE", help="of the sweep (.png, .svg)")
     parser.add_argument("--timelines", metavar="DIR", help="folder for Chrome traces")
     parser.add_argument("--eager", action="store_true", help="start faster: leave vLLM's compilation out")

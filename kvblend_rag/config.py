@@ -34,6 +34,7 @@ _REQUEST_OPTIONS = {
     "carry": "carry",
     "max_risk": "max_risk",
     "on_risk": "on_risk",
+    "second_opinion": "second_opinion",
     "planner": "planner",
     "tenant": "tenant",
 }
@@ -125,6 +126,10 @@ class BlendConfig:
     """What becomes of a risky answer: ``prefill`` computes the prompt in full instead, before the first token is
     shown; ``mark`` shows it, with a reason in its report."""
 
+    second_opinion: float = 0.3
+    """With ``max_risk`` below 1, where the whole answer is waited for: it is asked for once more with this share
+    recomputed, 0 to 1, if that can turn the judgement; how far it disputes the first is a signal. 0: no second one."""
+
     planner: bool = True
     """Load a chunk only where that is faster than computing its tokens, as measured on this machine, and blend only
     where the prompt is answered sooner for it; off: everything that is found is loaded."""
@@ -193,7 +198,8 @@ class BlendConfig:
         Args:
             options: ``blend`` (false: an ordinary prefill), ``exact`` (true: everything is recomputed, as with
                 ``selector: everything``), ``selector``, ``ratio``, ``span``, ``layers``, ``coverage``,
-                ``full_prefill_share``, ``carry``, ``max_risk``, ``on_risk``, ``planner``, ``tenant``.
+                ``full_prefill_share``, ``carry``, ``max_risk``, ``on_risk``, ``second_opinion``, ``planner``,
+                ``tenant``.
 
         Raises:
             ConfigError: an unknown option, or a value that can't be used.
@@ -235,6 +241,7 @@ class BlendConfig:
             ("full_prefill_share", 0, 1),
             ("carry", 0, 1),
             ("max_risk", 0, 1),
+            ("second_opinion", 0, 1),
             ("span_size", 1, 4_096),
             ("min_run", 1, 65_536),
             ("seen_times", 2, 1_000),

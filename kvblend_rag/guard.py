@@ -12,13 +12,15 @@ from kvblend_rag.config import BlendConfig
 from kvblend_rag.engine import Engine, Prompt
 from kvblend_rag.output import RequestOutput
 from kvblend_rag.report import BlendReport
+from kvblend_rag.second_opinion import disputed, second_options
 
 
 class Guard:
     """Judges the requests of one engine.
 
     Before anything is shown, the risk of what is known by then is compared with ``max_risk``: the uncovered
-    score and the margin of the first token while tokens are streamed, the whole answer otherwise.
+    score and the margin of the first token while tokens are streamed, the whole answer otherwise. That is asked
+    for a second time (``second_opinion``), unless the judgement would be the same whatever came of it.
 
     Args:
         engine: answers.
@@ -45,6 +47,7 @@ class Guard:
             own: the request's settings: ``max_risk``, ``on_risk``.
             extra: passed on to the engine.
         """
+        second = second_options(options, own)
         watched, logprobs = self._engine.watched(sampling_params)
         watch, risky = _Watch(), None
         async with aclosing(self._engine.generate(prompt, watched, options=dict(options), **extra)) as outputs:
@@ -53,7 +56,12 @@ class Guard:
                 watch.see(output)
                 if not begun or output.finished:
                     blended, watch.known = await self._account(output)
-                    risk = self._model.risk(watch.signals(output.finished)) if blended else None
+                    signals = watch.signals(output.finished)
+                    waited_for = output.finished and not begun and len(output.outputs) == 1
+                    if blended and waited_for and second and self._open(signals, own.max_risk):
+                        again = await _last(self._engine.generate(prompt, watched, options=second, **extra))
+                        signals = dataclasses.replace(signals, disputed=disputed(output.outputs[0], again.outputs[0]))
+                    risk = self._model.risk(signals) if blended else None
                 if risk is not None and risk > own.max_risk and not begun and own.on_risk == "prefill":
                     risky = output
                     break
@@ -67,6 +75,11 @@ class Guard:
         async with aclosing(ordinary) as outputs:
             async for output in outputs:
                 yield _instead(output, risky, risk, own.max_risk)
+
+    def _open(self, signals: Signals, limit: float) -> bool:
+        """Whether a second opinion may turn the judgement."""
+        low, high = (self._model.risk(dataclasses.replace(signals, disputed=each)) for each in (0.0, 1.0))
+        return low <= limit < high
 
     async def _account(self, output: RequestOutput) -> tuple[bool, Signals]:
         """Whether the request runs on blended KV, and what that shows."""
@@ -101,6 +114,11 @@ class _Watch:
         return dataclasses.replace(
             self.known, first_margin=self._margin, lowest_logprob=self._lowest if finished else None
         )
+
+
+async def _last(outputs: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
+    async with aclosing(outputs):
+        return [output async for output in outputs][-1]
 
 
 def _marked(report: BlendReport, risk: float, limit: float) -> BlendReport:

@@ -19,6 +19,8 @@ PROMPT = f"{DOCUMENT} When does it leave?"
 # Doubt of the first token, and nothing else; −0.1 nats is a sure token, −2 nats an unsure one.
 DOUBT = Logistic(0.0, {"doubt": 8.0}, {"doubt": 0.5})
 MODEL = RiskModel(DOUBT, Logistic(0.0, {"weakest": 8.0}, {"weakest": 0.5}))
+# What a second opinion says, and nothing else.
+DISPUTE = RiskModel(DOUBT, Logistic(-4.0, {"disputed": 8.0}, {"disputed": 0.0}))
 
 
 def answered(request):
@@ -29,8 +31,8 @@ def answered(request):
 def make(tmp_path):
     handles = []
 
-    def make(logprob, **config):
-        kv = fake_kvblend(answered, store_path=tmp_path, logprob=logprob, config={"max_risk": 0.5, **config})
+    def make(logprob, *, answers=answered, risk=MODEL, **config):
+        kv = fake_kvblend(answers, store_path=tmp_path, logprob=logprob, config={"max_risk": 0.5, **config})
         info = kv.engine.info
         write_verdict(
             Verdict(
@@ -40,7 +42,7 @@ def make(tmp_path):
                 fingerprint=info.fingerprint,
                 context="document",
                 context_digest=namespace(info.fingerprint, info.context),
-                risk=MODEL,
+                risk=risk,
             ),
             tmp_path,
         )
@@ -133,6 +135,54 @@ def test_log_probabilities_come_only_where_they_were_asked_for(make):
         return [each async for each in kv.stream(PROMPT, params)][-1]
 
     assert len(kv.engine.run(last()).outputs[0].logprobs) == 4
+
+
+def of_two_minds(request):
+    return answered(request) if request.options.get("ratio") != 0.4 else "Blended but otherwise."
+
+
+def ratios(kv):
+    return [(request.options.get("ratio"), request.options.get("blend")) for request in kv.engine.requests]
+
+
+def test_a_second_opinion_that_agrees_lets_the_answer_pass(make):
+    kv = make(-2.0, risk=DISPUTE, second_opinion=0.4)
+    (shown,) = outputs(kv, kind="final")
+    assert shown.outputs[0].text == "Blended words here."
+    assert shown.report.risk == pytest.approx(0.018, abs=1e-3)
+    assert ratios(kv) == [(None, None), (0.4, None)]
+
+
+def test_a_second_opinion_that_disputes_it_has_everything_computed(make):
+    kv = make(-0.01, answers=of_two_minds, risk=DISPUTE, second_opinion=0.4)
+    (shown,) = outputs(kv, kind="final")
+    assert shown.outputs[0].text == "In full."
+    assert shown.report.risk > 0.9
+    assert ratios(kv) == [(None, None), (0.4, None), (None, False)]
+
+
+def test_a_second_opinion_may_mark_the_answer_instead(make):
+    (shown,) = outputs(
+        make(-0.01, answers=of_two_minds, risk=DISPUTE, second_opinion=0.4), kind="final", on_risk="mark"
+    )
+    assert shown.outputs[0].text == "Blended words here."
+    assert "is above max_risk (0.5)" in shown.report.reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "risk", "blend"),
+    [
+        ("cumulative", DISPUTE, {}),  # its beginning is out by then
+        ("final", MODEL, {}),  # whatever it says, the risk is the same
+        ("final", DISPUTE, {"second_opinion": 0.1}),  # less than the first
+        ("final", DISPUTE, {"selector": "none"}),  # no budget at all
+        ("final", DISPUTE, {"max_risk": 0.99}),  # above the limit it can't come
+    ],
+)
+def test_no_second_opinion_where_it_could_change_nothing(make, kind, risk, blend):
+    kv = make(-0.1, risk=risk, second_opinion=0.4)
+    assert outputs(kv, kind=kind, **blend)[-1].outputs[0].text == "Blended words here."
+    assert len(kv.engine.requests) == 1
 
 
 def test_chat_is_guarded_too(make):

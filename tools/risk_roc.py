@@ -1,8 +1,8 @@
 """ROC of the risk signal on questions that it was not fitted to, from a result of ``kvblend eval``.
 
 The risk is fitted to the questions of all sets but one and tried on that one, for every set in turn; an answer
-counts as different when it is not the full prefill's, normalised. Where it is known what recomputing moved, that
-signal stands alone too, beside a fit without it.
+counts as different when it is not the full prefill's, normalised. What recomputing moved, and how far a second
+opinion disputes the answer, stand alone too where they are known, beside a fit without them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from kvblend_rag.calibration.risk import DEFAULT_RISK, Signals
+from kvblend_rag.calibration.risk import DEFAULT_RISK, EARLY, Signals
 from kvblend_rag.quality.fit import auc, caught, fit_risk
 
 FALSE_ALARMS = (0.05, 0.1, 0.2, 0.3)
+
+OPTIONAL = {"moved": "moved_mass", "disputed": "disputed"}
+"""Signals that not every evaluation has, by feature."""
 
 
 def signals(row: dict[str, float]) -> Signals:
@@ -28,6 +31,7 @@ def signals(row: dict[str, float]) -> Signals:
     return Signals(
         uncovered_mass=row.get("uncovered"),
         moved_mass=row.get("moved"),
+        disputed=row.get("disputed"),
         first_margin=-math.log(doubt),
         lowest_logprob=math.log1p(-weakest),
     )
@@ -35,12 +39,12 @@ def signals(row: dict[str, float]) -> Signals:
 
 def before_the_first_token(given: Signals) -> Signals:
     """What of it is known then."""
-    return dataclasses.replace(given, lowest_logprob=None)
+    return dataclasses.replace(given, lowest_logprob=None, disputed=None)
 
 
-def without_moved(given: Signals) -> Signals:
-    """What is known without comparing next tokens."""
-    return dataclasses.replace(given, moved_mass=None)
+def without(given: Signals, feature: str) -> Signals:
+    """What is known when one of the optional signals is not."""
+    return dataclasses.replace(given, **{OPTIONAL[feature]: None})
 
 
 def figures(risks: list[float], differs: list[bool]) -> dict[str, Any]:
@@ -59,23 +63,27 @@ def held_out(samples: list[dict[str, Any]], arm: str) -> dict[str, Any]:
     known = [signals(each["arms"][arm]) for each in rows]
     differs = [not each["arms"][arm]["same"] for each in rows]
     sets = [each["set"] for each in rows]
-    moved = all(each.moved_mass is not None for each in known)
-    names = ("answer", "first", "default", *(("answer_unmoved", "first_unmoved", "moved") if moved else ()))
-    risks: dict[str, list[float]] = {name: [math.nan] * len(rows) for name in names}
+    optional = [name for name, field in OPTIONAL.items() if all(getattr(each, field) is not None for each in known)]
+    risks: dict[str, list[float]] = {}
+
+    def note(name: str, place: int, risk: float) -> None:
+        risks.setdefault(name, [math.nan] * len(rows))[place] = risk
+
     for name in sorted(set(sets)):
         learn = [place for place, own in enumerate(sets) if own != name]
-        model = fit_risk([known[place] for place in learn], [differs[place] for place in learn])
-        fewer = fit_risk([without_moved(known[place]) for place in learn], [differs[place] for place in learn])
-        for place, own in enumerate(sets):
-            if own == name:
-                risks["answer"][place] = model.risk(known[place])
-                risks["first"][place] = model.risk(before_the_first_token(known[place]))
-                risks["default"][place] = DEFAULT_RISK.risk(known[place])
-                if moved:
-                    less = without_moved(known[place])
-                    risks["answer_unmoved"][place] = fewer.risk(less)
-                    risks["first_unmoved"][place] = fewer.risk(before_the_first_token(less))
-                    risks["moved"][place] = known[place].moved_mass or 0.0
+        labels = [differs[place] for place in learn]
+        model = fit_risk([known[place] for place in learn], labels)
+        fewer = {each: fit_risk([without(known[place], each) for place in learn], labels) for each in optional}
+        for place in (place for place, own in enumerate(sets) if own == name):
+            note("answer", place, model.risk(known[place]))
+            note("first", place, model.risk(before_the_first_token(known[place])))
+            note("default", place, DEFAULT_RISK.risk(known[place]))
+            for each in optional:
+                less = without(known[place], each)
+                note(f"answer_un{each}", place, fewer[each].risk(less))
+                if each in EARLY:
+                    note(f"first_un{each}", place, fewer[each].risk(before_the_first_token(less)))
+                note(each, place, known[place].features()[each])
     result: dict[str, Any] = {}
     for group in ("all", *sorted(set(sets))):
         places = [place for place, own in enumerate(sets) if group in ("all", own)]

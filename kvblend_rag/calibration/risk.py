@@ -1,6 +1,6 @@
 """Risk: how likely a blended answer differs from a full prefill's, from what the request shows by itself.
 
-A logistic function of up to four signals, each between 0 and 1. ``kvblend calibrate`` fits it to questions
+A logistic function of up to five signals, each between 0 and 1. ``kvblend calibrate`` fits it to questions
 that were answered both ways; without that a default stands in, whose order is meaningful and whose scale is not.
 """
 
@@ -13,8 +13,11 @@ from typing import Any
 
 from kvblend_rag.report import BlendReport
 
-NAMES = ("uncovered", "doubt", "moved", "weakest")
-"""The signals, as ``Signals.features`` names them; the last is known only when the whole answer is."""
+EARLY = ("uncovered", "doubt", "moved")
+"""The signals that are known before the first token is shown, as ``Signals.features`` names them."""
+
+NAMES = (*EARLY, "weakest", "disputed")
+"""All of them; the others need the whole answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,8 @@ class Signals:
     """Log-probability of the likeliest first token less that of the second, in nats, not negative."""
     lowest_logprob: float | None = None
     """The lowest log-probability of a token of the answer, in nats; None before the answer is there."""
+    disputed: float | None = None
+    """How far a second answer, with more recomputed, disputes this one, 0 to 1 (``second_opinion``)."""
 
     @classmethod
     def before_the_answer(cls, report: BlendReport) -> Signals:
@@ -39,7 +44,7 @@ class Signals:
         """The known signals, each 0 (no risk) to 1.
 
         ``uncovered`` and ``moved``, the masses; ``doubt``, the second first token's probability as a share of the
-        first's; ``weakest``, one less the least probable answer token's probability.
+        first's; ``weakest``, one less the least probable answer token's probability; ``disputed``, as it is.
         """
         known = {}
         if self.uncovered_mass is not None:
@@ -50,6 +55,8 @@ class Signals:
             known["doubt"] = math.exp(-max(self.first_margin, 0.0))
         if self.lowest_logprob is not None:
             known["weakest"] = -math.expm1(min(self.lowest_logprob, 0.0))
+        if self.disputed is not None:
+            known["disputed"] = self.disputed
         return known
 
 
@@ -127,14 +134,14 @@ def _plain(logistic: Logistic) -> dict[str, Any]:
     }
 
 
-_TYPICAL = {"uncovered": 0.5, "doubt": 0.2, "weakest": 0.5}
+_TYPICAL = {"uncovered": 0.5, "doubt": 0.2, "weakest": 0.5, "disputed": 0.3}
 
 DEFAULT_RISK = RiskModel(
     first=Logistic(-1.0, {"uncovered": 1.0, "doubt": 2.0}, _TYPICAL),
-    answer=Logistic(-1.0, {"uncovered": 1.0, "doubt": 1.0, "weakest": 3.0}, _TYPICAL),
+    answer=Logistic(-1.0, {"uncovered": 1.0, "doubt": 1.0, "weakest": 3.0, "disputed": 3.0}, _TYPICAL),
     calibrated=False,
 )
 """Ranks requests; its numbers are no probabilities until ``kvblend calibrate`` has fitted them."""
 
 
-__all__ = ["DEFAULT_RISK", "NAMES", "Logistic", "RiskModel", "Signals", "margin", "signals_of"]
+__all__ = ["DEFAULT_RISK", "EARLY", "NAMES", "Logistic", "RiskModel", "Signals", "margin", "signals_of"]

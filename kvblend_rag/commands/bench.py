@@ -95,6 +95,7 @@ def gpu(
     load: float = 0.0,
     sweep: Sequence[int] = (),
     device_gb: float = 0.0,
+    encoding: str = "none",
     timelines: str | None = None,
     eager: bool = False,
     plot: str | None = None,
@@ -108,7 +109,7 @@ def gpu(
         raise ConfigError("There is no CUDA GPU here: `kvblend bench ttft` measures on a CPU.")
     folder = Path(timelines) if timelines else None
     result = bench_gpu.run(
-        shape, lengths, spans, repeats, folder, load, sweep, device_gb, _keeper(json), enforce_eager=eager
+        shape, lengths, spans, repeats, folder, load, sweep, device_gb, encoding, _keeper(json), enforce_eager=eager
     )
     terminal.prose(json).print(bench_gpu.table(result))
     if plot:

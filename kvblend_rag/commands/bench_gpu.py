@@ -81,6 +81,7 @@ def run(
     load_seconds: float = 0.0,
     sweep: Sequence[int] = (),
     device_gb: float = 0.0,
+    encoding: str = "none",
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
     **engine_args: Any,
 ) -> dict[str, Any]:
@@ -95,8 +96,12 @@ def run(
         load_seconds: of each run under load (``bench_load``), with prompts of the shortest length; 0 for none.
         sweep: prompt lengths at which budgets from 5 to 20 % are compared.
         device_gb: GPU memory for a second engine whose chunks have got hot; 0 for none.
+        encoding: as which chunks lie in host memory and on disk.
         keep: called with what there is so far, whenever a part is done: what comes after may not end.
         engine_args: any of vLLM's engine arguments.
+
+    Raises:
+        ConfigError: no such encoding.
     """
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +112,7 @@ def run(
             chunk_size=CHUNK_TOKENS,
             max_memory_gb=_INGESTED * locked_bytes(CHUNK_TOKENS * kv_bytes_per_token(shape)) / (1 << 30),
             planner=False,
-        )
+        ).replace(encoding=encoding)
         options = {
             "load_format": "dummy",
             "skip_tokenizer_init": True,
@@ -116,6 +121,7 @@ def run(
         }
         result: dict[str, Any] = {
             "shape": shape,
+            "encoding": encoding,
             "results": {},
             "device_gb": device_gb,
             "hot": {},

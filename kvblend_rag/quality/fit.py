@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvblend_rag.calibration.risk import DEFAULT_RISK, NAMES, Logistic, RiskModel, Signals
+from kvblend_rag.calibration.risk import DEFAULT_RISK, EARLY, NAMES, Logistic, RiskModel, Signals
 
 _LEAST_OF_A_KIND = 8
 """Answers that differ, and that do not: with fewer, a fit would follow chance."""
@@ -30,9 +30,7 @@ def fit_risk(signals: Sequence[Signals], differs: Sequence[bool]) -> RiskModel:
     known = [each.features() for each in signals]
     typical = {name: float(np.mean([each[name] for each in known if name in each] or [0.5])) for name in NAMES}
     columns = np.array([[each.get(name, typical[name]) - typical[name] for name in NAMES] for each in known])
-    return RiskModel(
-        _logistic(columns, labels, typical, len(NAMES) - 1), _logistic(columns, labels, typical, len(NAMES))
-    )
+    return RiskModel(_logistic(columns, labels, typical, len(EARLY)), _logistic(columns, labels, typical, len(NAMES)))
 
 
 def _logistic(columns: Values, labels: Values, typical: dict[str, float], count: int) -> Logistic:

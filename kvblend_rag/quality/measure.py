@@ -20,6 +20,7 @@ from kvblend_rag.quality.measurement import Cell, Deviation, Identity, Measureme
 from kvblend_rag.quality.observe import Asked, Observation, Observations, observe
 from kvblend_rag.quality.questions import Question
 from kvblend_rag.quality.score import Sample, score
+from kvblend_rag.second_opinion import disputed
 from kvblend_rag.selectors import get_selector
 from kvblend_rag.selectors.base import Evidence
 
@@ -116,7 +117,7 @@ def measure(
     varied = [] if best is None else _variations(best)
     observed |= observe(kvblend, done, varied, batch=batch, progress=progress) if varied else {}
     tried = tuple(_cell(arm, kvblend.config, questions, observed) for arm in varied)
-    return dataclasses.replace(measurement, variations=tried), _judged(ways, questions, observed)
+    return dataclasses.replace(measurement, variations=tried), _judged(ways, kvblend.config, questions, observed)
 
 
 def _rounds(asked: Sequence[Asked], first: int | None) -> Iterator[Sequence[Asked]]:
@@ -221,14 +222,35 @@ def _cell(arm: Arm, config: BlendConfig, questions: Sequence[Question], observed
     )
 
 
-def _judged(ways: Sequence[Arm], questions: Sequence[Question], observed: Observations) -> list[Judged]:
-    """The blended answers of selectors that score: what a request shows without a score is not comparable."""
+def _judged(
+    ways: Sequence[Arm], config: BlendConfig, questions: Sequence[Question], observed: Observations
+) -> list[Judged]:
+    """The blended answers of selectors that score: what a request shows without a score is not comparable.
+
+    A larger budget that was measured besides is the second opinion.
+    """
     rows = []
     for arm in ways:
-        for question, own, plain in zip(questions, observed[arm.name], observed[PLAIN], strict=True):
+        second = observed.get(_second(arm, ways, config) or "", [None] * len(questions))
+        for question, own, other, plain in zip(questions, observed[arm.name], second, observed[PLAIN], strict=True):
             if own.report.blended and own.signals.uncovered_mass is not None:
-                rows.append(Judged(own.signals, not score(question, own, plain).same))
+                signals = own.signals
+                if other is not None and own.completion is not None and other.completion is not None:
+                    signals = dataclasses.replace(signals, disputed=disputed(own.completion, other.completion))
+                rows.append(Judged(signals, not score(question, own, plain).same))
     return rows
+
+
+def _second(arm: Arm, ways: Sequence[Arm], config: BlendConfig) -> str | None:
+    """The way that differs in its budget alone, which is at least twice as large, and the least of these."""
+    own = config.for_request(arm.options)
+    larger = {
+        each.recompute_ratio: way.name
+        for way in ways
+        if (each := config.for_request(way.options)).recompute_ratio >= 2 * own.recompute_ratio > 0
+        and each.replace(recompute_ratio=own.recompute_ratio) == own
+    }
+    return larger[min(larger)] if larger else None
 
 
 __all__ = ["ADAPTIVE", "BUDGETS", "CARRY", "LAYERS", "SPANS", "Judged", "audit", "compare", "measure"]

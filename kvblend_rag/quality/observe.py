@@ -8,6 +8,7 @@ one before.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +20,13 @@ from kvblend_rag.calibration.risk import Signals, signals_of
 from kvblend_rag.conversation.sampling import Sampling
 from kvblend_rag.engine import Engine
 from kvblend_rag.kvblend import KVBlend
-from kvblend_rag.output import RequestOutput
+from kvblend_rag.output import CompletionOutput, RequestOutput
 from kvblend_rag.quality.arms import Arm
 from kvblend_rag.quality.forcing import distributions, forcing
 from kvblend_rag.quality.metrics import Distribution
 from kvblend_rag.quality.questions import Question
 from kvblend_rag.report import BlendReport
+from kvblend_rag.second_opinion import disputed, second_options
 
 GOLD_TOKENS = 48
 """A longer gold answer is measured up to here."""
@@ -56,6 +58,8 @@ class Observation:
     report: BlendReport
     signals: Signals = field(default_factory=Signals)
     """Of the greedy answer."""
+    completion: CompletionOutput | None = None
+    """The greedy answer, with the two likeliest tokens of each step."""
 
 
 Observations = dict[str, list[Observation]]
@@ -107,7 +111,8 @@ def observe(
     """
     observed: Observations = {arm.name: [] for arm in arms}
     begun = time.monotonic()
-    with tqdm(total=2 * len(asked) * len(arms), desc="Asking", unit="answer", disable=not progress) as bar:
+    passes = sum(3 if _second(kvblend, arm) else 2 for arm in arms)
+    with tqdm(total=passes * len(asked), desc="Asking", unit="answer", disable=not progress) as bar:
         for start in range(0, len(asked), batch):
             if start and seconds is not None and time.monotonic() - begun > seconds:
                 break
@@ -135,6 +140,14 @@ def _batch(kvblend: KVBlend, asked: Sequence[Asked], arm: Arm, bar: tqdm[Any]) -
     options = {"tenant": kvblend.config.tenant, **arm.options}
     greedy = engine.sampling(Sampling(temperature=0.0, max_tokens=ANSWER_TOKENS, logprobs=True, top_logprobs=2))
     answers = _all(engine, [_answer(kvblend, each.prompt, greedy, arm.options) for each in asked], bar)
+    disputes: list[float | None] = [None] * len(asked)
+    second = _second(kvblend, arm)
+    if second is not None:
+        again = _all(engine, [engine.generate(each.prompt, greedy, options=second) for each in asked], bar)
+        disputes = [
+            disputed(answer.outputs[0], other.outputs[0]) if answer.report.blended else None
+            for answer, other in zip(answers, again, strict=True)
+        ]
     # What was answered by a full prefill for its answer's sake (`max_risk`) is measured as one.
     ways = [options if answer.report.blended else {**options, "blend": False} for answer in answers]
     forced = _all(
@@ -146,11 +159,12 @@ def _batch(kvblend: KVBlend, asked: Sequence[Asked], arm: Arm, bar: tqdm[Any]) -
         bar,
     )
     observations = []
-    for each, answer, likely in zip(asked, answers, forced, strict=True):
+    for each, answer, likely, dispute in zip(asked, answers, forced, disputes, strict=True):
         logprobs, steps = distributions(likely, each.gold)
         own = answer.outputs[0]
-        signals = signals_of(own.token_ids, own.logprobs, Signals.before_the_answer(answer.report))
-        observations.append(Observation(own.text.strip(), tuple(logprobs), tuple(steps), answer.report, signals))
+        known = dataclasses.replace(Signals.before_the_answer(answer.report), disputed=dispute)
+        signals = signals_of(own.token_ids, own.logprobs, known)
+        observations.append(Observation(own.text.strip(), tuple(logprobs), tuple(steps), answer.report, signals, own))
     return observations
 
 
@@ -162,6 +176,14 @@ def _answer(
         return kvblend.stream(prompt, sampling, blend=options)
     watched = {"tenant": kvblend.config.tenant, **options, "max_risk": 0.0}
     return kvblend.engine.generate(prompt, sampling, options=watched)
+
+
+def _second(kvblend: KVBlend, arm: Arm) -> dict[str, Any] | None:
+    """The options of an arm's second opinions; None where it names none, or judges by itself."""
+    own = kvblend.config.for_request(arm.options)
+    if "second_opinion" not in arm.options or own.max_risk < 1:
+        return None
+    return second_options({"tenant": kvblend.config.tenant, **arm.options}, own)
 
 
 def _all(engine: Engine, requests: Sequence[AsyncIterator[RequestOutput]], bar: tqdm[Any]) -> list[RequestOutput]:

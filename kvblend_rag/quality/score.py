@@ -37,6 +37,7 @@ class Sample:
     doubt: float = math.nan
     moved: float = math.nan
     weakest: float = math.nan
+    disputed: float = math.nan
 
 
 def score(question: Question, observed: Observation, plain: Observation) -> Sample:

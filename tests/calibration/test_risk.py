@@ -7,8 +7,10 @@ from kvblend_rag.calibration.risk import DEFAULT_RISK, NAMES, Logistic, RiskMode
 
 
 def test_features_grow_with_risk():
-    sure = Signals(uncovered_mass=0.0, moved_mass=0.0, first_margin=20.0, lowest_logprob=0.0).features()
-    unsure = Signals(uncovered_mass=1.0, moved_mass=1.0, first_margin=0.0, lowest_logprob=-20.0).features()
+    sure = Signals(uncovered_mass=0.0, moved_mass=0.0, first_margin=20.0, lowest_logprob=0.0, disputed=0.0).features()
+    unsure = Signals(
+        uncovered_mass=1.0, moved_mass=1.0, first_margin=0.0, lowest_logprob=-20.0, disputed=1.0
+    ).features()
     assert set(sure) == set(unsure) == set(NAMES)
     assert all(sure[name] < 1e-6 and unsure[name] > 1 - 1e-6 for name in NAMES)
     assert Signals(first_margin=math.log(2)).features() == pytest.approx({"doubt": 0.5})

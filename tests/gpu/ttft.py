@@ -1,7 +1,7 @@
 """On a GPU: `kvblend bench gpu` without the command line's packages.
 
 python tests/gpu/ttft.py OUT.json [--shape NAME] [--lengths N …] [--spans N …] [--repeats N] [--eager] [--timelines DIR]
-    [--load SECONDS] [--sweep N …] [--device-gb GIB]
+    [--load SECONDS] [--sweep N …] [--device-gb GIB] [--encoding NAME]
 """
 
 import argparse
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=0.0, help="seconds of each run under load")
     parser.add_argument("--sweep", type=int, nargs="+", default=[], help="lengths at which budgets are compared")
     parser.add_argument("--device-gb", type=float, default=0.0, help="of GPU memory for chunks that have got hot")
+    parser.add_argument("--encoding", default="none", help="as which chunks are kept")
     given = parser.parse_args()
 
     def keep(result: dict) -> None:
@@ -37,6 +38,7 @@ def main() -> None:
         given.load,
         given.sweep,
         given.device_gb,
+        given.encoding,
         keep,
         enforce_eager=given.eager,
     )

@@ -125,9 +125,9 @@ def roc():
     return _tool("risk_roc")
 
 
-@pytest.mark.parametrize("compared", [True, False])
-def test_the_risk_is_tried_on_sets_that_it_was_not_fitted_to(roc, compared):
-    """Answers differ where recomputing moved much; the other signals are the same for all."""
+@pytest.mark.parametrize("telling", ["moved", "disputed", None])
+def test_the_risk_is_tried_on_sets_that_it_was_not_fitted_to(roc, telling):
+    """Answers differ where one signal says so; the others are the same for all."""
     samples = []
     for number in range(60):
         differs = number % 3 == 0
@@ -135,15 +135,17 @@ def test_the_risk_is_tried_on_sets_that_it_was_not_fitted_to(roc, compared):
             "uncovered": 0.5,
             "doubt": 0.3,
             "weakest": 0.5,
-            **({"moved": 0.2 + 0.5 * differs} if compared else {}),
+            **({telling: 0.2 + 0.5 * differs} if telling else {}),
         }
         samples.append({"set": "ab"[number % 2], "arms": {"question": _sample(same=float(not differs), **signals)}})
     found = roc.held_out(samples, "question")
     assert list(found) == ["all", "a", "b"]
     aucs = {name: each["auc"] for name, each in found["all"].items()}
-    if compared:
+    if telling == "moved":
         unmoved = {"default": 0.5, "answer_unmoved": 0.5, "first_unmoved": 0.5}
         assert aucs == {"answer": 1.0, "first": 1.0, **unmoved, "moved": 1.0}
+    elif telling == "disputed":
+        assert aucs == {"answer": 1.0, "first": 0.5, "default": 1.0, "answer_undisputed": 0.5, "disputed": 1.0}
     else:
         assert aucs == {"answer": 0.5, "first": 0.5, "default": 0.5}
     assert (found["all"]["answer"]["questions"], found["all"]["answer"]["differ"]) == (60, 20)

@@ -378,6 +378,7 @@ _NAMES = st.sampled_from(
         "full_prefill_share",
         "max_risk",
         "on_risk",
+        "second_opinion",
         "planner",
         "tenant",
         "ingest",
