@@ -856,6 +856,10 @@ _RISKS = {
 }
 
 
+_WITH_SECOND = ("answer", "default", "answer_undisputed", "disputed")
+"""What is told of a result with second opinions: the rest is in those without."""
+
+
 def risk() -> str:
     """How well the risk tells which answers differ, as `tools/risk_roc.py` found it out."""
     rows = []
@@ -864,17 +868,19 @@ def risk() -> str:
             continue
         figures = result["held_out"]["all"]
         model, every = result["engine"]["model"], figures["default"]
+        second = result["arm"].partition("second_opinion=")[2]
         rows += [
             [
                 f"{model} ({every['differ']} of {every['questions']} answers differed)",
+                f"{float(second):.0%}" if second else "none",
                 what,
                 f"{figures[kind]['auc']:.2f}",
                 *(f"{figures[kind]['caught'][f'{rate} false alarms']:.0%}" for rate in ("10%", "30%")),
             ]
             for kind, what in _RISKS.items()
-            if kind in figures
+            if kind in figures and (not second or kind in _WITH_SECOND)
         ]
-    head = ["model", "risk", "area under the ROC curve", "differing answers caught at 10 % false alarms", "at 30 %"]
+    head = ["model", "second opinion", "risk", "area under the ROC curve", "differing answers caught at 10 % false alarms", "at 30 %"]
     return table(head, rows)
 
 

@@ -126,7 +126,7 @@ class BlendConfig:
     """What becomes of a risky answer: ``prefill`` computes the prompt in full instead, before the first token is
     shown; ``mark`` shows it, with a reason in its report."""
 
-    second_opinion: float = 0.3
+    second_opinion: float = 0.5
     """With ``max_risk`` below 1, where the whole answer is waited for: it is asked for once more with this share
     recomputed, 0 to 1, if that can turn the judgement; how far it disputes the first is a signal. 0: no second one."""
 
