@@ -329,21 +329,20 @@ def _load_goals(load: dict[str, Any]) -> _Goals:
 
 def gpu_question() -> str:
     """How much sooner `question` answers on a GPU where chunks are kept in eight bits."""
-    found = json.loads((RESULTS / "gpu-encodings-question.json").read_text(encoding="utf-8"))
     arms = ("reuse only", "first 10 %, spans of 64", "question 10 %, spans of 64")
     rows = [
-        [f"`{name}`", f"{int(length):,}", *(f"{measured[arm]['speedup']:.1f}" for arm in arms)]
-        for name, engine in found["encodings"].items()
-        for length, measured in engine["results"].items()
+        [f"`{encoding}`", f"{int(length):,}", *(f"{measured[arm]['speedup']:.1f}" for arm in arms)]
+        for encoding, name in (("none", "gpu-ttft-llama-3.1-8b-h200"), ("int8", "gpu-int8-llama-3.1-8b-h200"))
+        for length, measured in json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"].items()
     ]
     return table(["", "prompt", "TTFT, reuse only: times sooner", "`first` 10 %", "`question` 10 %"], rows)
 
 
 def gpu_serving() -> str:
     """Both servers as vLLM's benchmark sees them."""
-    found = json.loads((RESULTS / "gpu-serving-h200.json").read_text(encoding="utf-8"))
     rows = []
-    for row in found["rows"]:
+    files = (RESULTS / f"{name}.json" for name in ("gpu-serving-h200", "gpu-serving-question-h200"))
+    for row in (row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]):
         times = [f"{row['ttft_ms'][share]:,.0f}" for share in ("p50", "p95", "p99")]
         factor = f"{row.get('factor', 1):g}"
         rows.append([row["arm"], factor, f"{row['rate']:.1f}", f"{row['served_per_second']:.1f}", *times])

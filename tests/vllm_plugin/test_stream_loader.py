@@ -48,6 +48,7 @@ def copy(sources, targets, sizes, is_src_access_order_any):
         ctypes.memmove(target, source, size)
 
 stream_loader.ops = SimpleNamespace(swap_blocks_batch=copy)
+stream_loader._SMALLEST_COPY = 0  # everything here is small
 
 generator = torch.Generator().manual_seed(0)
 layers, heads, dim, block_size, blocks = 7, 2, 16, 4, 60
@@ -104,6 +105,13 @@ for slot_bytes in json.loads(sys.argv[1]):
     assert sum(copied_bytes) == rounds * asked or slot_bytes < 30_000  # what stands in two batches comes twice
     print(copies)
     copies.clear(), copied_bytes.clear()
+
+stream_loader._SMALLEST_COPY = 4096
+loader._paged = SimpleNamespace(device=torch.device("meta"))
+for tokens, dim, whole in ((511, 512, True), (512, 511, True), (512, 512, False)):  # of token and of channel scales
+    kv = torch.zeros(2, 2, tokens, 2, dim)
+    assert loader._in_large_pieces(kv) is kv
+    assert loader._in_large_pieces(encoded(kv, "int8")).device.type == ("meta" if whole else "cpu")
 """
 
 # By bytes of a staging slot, how many chunks each copy brings: of one, then of as many layers as turn alike and fit.

@@ -19,7 +19,7 @@ from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.kernels.decode_scatter import decode_scatter
 from kvblend_rag.kernels.paged_caches import launches
 from kvblend_rag.kernels.rotate_scatter import rotate_scatter
-from kvblend_rag.store.encoded import KV
+from kvblend_rag.store.encoded import KV, EncodedKV
 from kvblend_rag.vllm_plugin.worker.loader import Chunks, Loader, Turn, Turns, turning
 from kvblend_rag.vllm_plugin.worker.paged_kv import PagedKV
 from kvblend_rag.vllm_plugin.worker.staging import Batch, Group, lay_out
@@ -34,6 +34,11 @@ _TOGETHER = 8
 
 _AHEAD = 4
 """Layers that are sent off beyond the one waited for; the ring holds back those it has no room for."""
+
+
+_SMALLEST_COPY = 4096
+"""Bytes that are copied in one piece of a batch; a chunk with smaller ones goes to the device whole. Among pieces of
+768 and 1,212 bytes the driver's batched copy ended in a launch failure (H200, driver 580.159, vLLM's issue 49276)."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,8 @@ class StreamLoader(Loader):
         """See :meth:`Loader.fetch`: as much as the staging ring holds."""
         self._let_go()
         # Chunks that didn't come from the memory tier are pageable: no asynchronous copy reads them.
-        ready = {key: kv if kv.is_cuda or kv.is_pinned() else kv.pin_memory() for key, kv in chunks.items()}
+        pinned = {key: kv if kv.is_cuda or kv.is_pinned() else kv.pin_memory() for key, kv in chunks.items()}
+        ready = {key: self._in_large_pieces(kv) for key, kv in pinned.items()}
         itemsize = self._paged.dtype.itemsize
         row_bytes = self._paged.heads * self._paged.head_dim * itemsize
         layout = lay_out(plan, ready, self._ring[0].nbytes, row_bytes, itemsize)
@@ -135,6 +141,12 @@ class StreamLoader(Loader):
         """See :meth:`Loader.wait_for_all`."""
         self.wait(self._paged.layers[-1].name)
         self._load = None
+
+    def _in_large_pieces(self, kv: KV) -> KV:
+        """The chunk, on the device where copies layer by layer would be of too few bytes."""
+        if not isinstance(kv, EncodedKV) or kv.is_cuda or min(step for _, step in kv.pieces if step) >= _SMALLEST_COPY:
+            return kv
+        return kv.moved(kv.buffer.to(self._paged.device, non_blocking=True))
 
     def _shipments(self, batches: list[Batch]) -> list[_Shipment]:
         """What is sent off, in this order.
