@@ -11,6 +11,7 @@ import torch
 
 from kvblend_rag.blend.carry import carried
 from kvblend_rag.blend.rope import Rotary, rotate, shift
+from kvblend_rag.kernels.paged_caches import PagedCaches
 from kvblend_rag.vllm_plugin.metadata import BlendJob
 from kvblend_rag.vllm_plugin.worker.loader import Turn, turning
 from kvblend_rag.vllm_plugin.worker.paged_kv import PagedKV
@@ -28,6 +29,8 @@ class _Part:
     shown: torch.Tensor
     """(recomputed tokens,), their positions."""
     shown_run: torch.Tensor
+    shown_slots: torch.Tensor
+    """(recomputed tokens,), in the paged cache."""
     others: torch.Tensor
     """(other tokens,), positions."""
     others_run: torch.Tensor
@@ -60,7 +63,7 @@ class CarryOver:
 
     def __init__(self, job: BlendJob, recomputed: Sequence[tuple[int, int]], paged: PagedKV) -> None:
         self._job, self._paged = job, paged
-        self._layers = {layer.name: layer for layer in paged.layers}
+        self._layers = {layer.name: (index, layer) for index, layer in enumerate(paged.layers)}
         positions, run = job.plan.reused_positions()
         exact = np.array([each.exact for each in job.plan.runs])[run]
         again = np.zeros(job.plan.prompt_tokens, bool)
@@ -91,9 +94,10 @@ class CarryOver:
                 among=self._upload(in_order[at[here]]),
                 shown=self._upload(shown),
                 shown_run=self._upload(run[here]),
+                shown_slots=self._slots(shown),
                 others=self._upload(others[near]),
                 others_run=self._upload(others_run[near]),
-                slots=self._paged.slots(self._job.block_ids, torch.from_numpy(others[near])),
+                slots=self._slots(others[near]),
             )
 
     def move(self, layer_name: str, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -107,17 +111,39 @@ class CarryOver:
         part = self._part
         if part is None:
             return
-        layer, job = self._layers[layer_name], self._job
+        index, layer = self._layers[layer_name]
+        if self._paged.caches is not None and keys.dtype == self._paged.caches.dtype:
+            self._move_by_kernels(part, index, self._paged.caches, keys, values)
+            return
+        job = self._job
         back, forth = part.rotations(layer.rotary)
         stored_keys, stored_values = self._paged.read(layer, job.block_ids, job.plan.prompt_tokens)
         key_changes = keys[part.among].float() - stored_keys[part.shown].float()
         value_changes = values[part.among].float() - stored_values[part.shown].float()
         changes = torch.cat([_turned(key_changes, back, layer.rotary), value_changes], dim=1)
-        moves = job.recipe.carry * carried(changes, part.shown_run, len(job.plan.runs))[part.others_run]
-        key_moves, value_moves = moves.chunk(2, dim=1)
+        key_moves, value_moves = self._moves(part, changes)[part.others_run].chunk(2, dim=1)
         moved_keys = stored_keys[part.others].float() + _turned(key_moves, forth, layer.rotary)
         moved_values = stored_values[part.others].float() + value_moves
         self._paged.write(layer, moved_keys.to(keys.dtype), moved_values.to(values.dtype), part.slots)
+
+    def _move_by_kernels(
+        self, part: _Part, index: int, caches: PagedCaches, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """The same, passing once over what changed and once over what is moved."""
+        from kvblend_rag.kernels import carry as kernels  # here, since Triton is where GPUs are
+
+        rotary = self._paged.layers[index].rotary
+        back, forth = part.rotations(rotary)
+        where = (rotary is not None and rotary.interleaved, caches, index)
+        changes = kernels.changes(keys, values, part.among, part.shown_slots, back, *where)
+        kernels.move(self._moves(part, changes), part.others_run, part.slots, forth, *where)
+
+    def _moves(self, part: _Part, changes: torch.Tensor) -> torch.Tensor:
+        """(runs, 2 * kv_heads, head_dim) float32, by which each run's other tokens are moved."""
+        return self._job.recipe.carry * carried(changes, part.shown_run, len(self._job.plan.runs))
+
+    def _slots(self, positions: npt.NDArray[np.int64]) -> torch.Tensor:
+        return self._paged.slots(self._job.block_ids, torch.from_numpy(positions))
 
     def _upload(self, indices: npt.NDArray[np.int64]) -> torch.Tensor:
         return self._paged.upload(torch.from_numpy(indices))
