@@ -114,8 +114,12 @@ class Engine(ABC):
         """Sampling parameters of a request that only computes its prompt."""
 
     @abstractmethod
-    def watched(self, sampling_params: Any) -> tuple[Any, int | None]:
+    def watched(self, sampling_params: Any, *, whole: bool = False) -> tuple[Any, int | None]:
         """Sampling parameters whose outputs also tell how likely each token was, and how much of it was asked for.
+
+        Args:
+            sampling_params: the engine's; None for its defaults.
+            whole: there is one output, at the end.
 
         Returns:
             The parameters, with log-probabilities of the two likeliest tokens of each step at least, and the

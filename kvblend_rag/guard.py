@@ -36,6 +36,8 @@ class Guard:
         sampling_params: Any,
         options: Mapping[str, Any],
         own: BlendConfig,
+        *,
+        whole: bool = False,
         **extra: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request; each report tells the risk as it was known then.
@@ -44,11 +46,12 @@ class Guard:
             prompt: what is answered.
             sampling_params: the engine's.
             options: the request's blending options.
-            own: the request's settings: ``max_risk``, ``on_risk``.
+            own: the request's settings: ``max_risk``, ``on_risk``, ``second_opinion``.
+            whole: nobody looks before the end, so the whole answer is judged, whatever the parameters say.
             extra: passed on to the engine.
         """
         second = second_options(options, own)
-        watched, logprobs = self._engine.watched(sampling_params)
+        watched, logprobs = self._engine.watched(sampling_params, whole=whole)
         watch, risky = _Watch(), None
         async with aclosing(self._engine.generate(prompt, watched, options=dict(options), **extra)) as outputs:
             async for output in outputs:

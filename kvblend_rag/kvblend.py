@@ -120,6 +120,7 @@ class KVBlend:
         sampling_params: Any = None,
         *,
         blend: Mapping[str, Any] | None = None,
+        whole: bool = False,
         **extra: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one prompt as they come; iterate in any event loop, leave to abort.
@@ -131,6 +132,7 @@ class KVBlend:
             prompt: text, token ids, or a vLLM prompt dictionary.
             sampling_params: the engine's; None for its defaults.
             blend: this request's blending; the names of ``BlendConfig.for_request``.
+            whole: the caller waits for the last output, so that with ``max_risk`` the whole answer may be judged.
             extra: passed on to the engine.
 
         Raises:
@@ -146,7 +148,7 @@ class KVBlend:
             if self._guard is None:
                 verdict = self.verdict
                 self._guard = Guard(engine, DEFAULT_RISK if verdict is None else verdict.risk)
-        return self._guard.stream(prompt, sampling_params, options, own, **extra)
+        return self._guard.stream(prompt, sampling_params, options, own, whole=whole, **extra)
 
     def ingest(
         self,

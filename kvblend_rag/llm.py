@@ -99,7 +99,8 @@ class LLM:
             with tqdm(total=len(batch), desc="Answering", disable=not use_tqdm) as bar:
 
                 async def one(prompt: Prompt, own: Any) -> RequestOutput:
-                    final = await _whole(self.stream(prompt, own, blend=blend, **extra))
+                    outputs = self.kvblend.stream(prompt, own, blend=blend, whole=True, **extra)
+                    final = await _whole(outputs)
                     bar.update()
                     return final
 

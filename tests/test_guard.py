@@ -10,6 +10,7 @@ from kvblend_rag.calibration.verdict import Verdict, write_verdict
 from kvblend_rag.chat import Chat
 from kvblend_rag.conversation.sampling import Sampling
 from kvblend_rag.errors import ConfigError
+from kvblend_rag.llm import LLM
 from kvblend_rag.report import BlendReport
 from kvblend_rag.testing import fake_kvblend
 from kvblend_rag.testing.script import FakeParams
@@ -159,6 +160,14 @@ def test_a_second_opinion_that_disputes_it_has_everything_computed(make):
     assert shown.outputs[0].text == "In full."
     assert shown.report.risk > 0.9
     assert ratios(kv) == [(None, None), (0.4, None), (None, False)]
+
+
+def test_who_waits_for_the_whole_answer_has_all_of_it_judged(make):
+    """Of ``LLM.generate``, as vLLM's own, the outputs in between are nobody's."""
+    kv = make(-0.01, answers=of_two_minds, risk=DISPUTE, second_opinion=0.4)
+    (answer,) = LLM.from_engine(kv.engine, kv.config).generate(PROMPT, FakeParams(kind="cumulative"))
+    assert answer.outputs[0].text == "In full."
+    assert [ratio for ratio, _ in ratios(kv)] == [None, 0.4, None]
 
 
 def test_a_second_opinion_may_mark_the_answer_instead(make):

@@ -97,7 +97,7 @@ class HTTPEngine(Engine):
         """See :meth:`Engine.one_token`."""
         return self.sampling(Sampling(max_tokens=1, temperature=0.0))
 
-    def watched(self, sampling_params: Any) -> tuple[Any, int | None]:
+    def watched(self, sampling_params: Any, *, whole: bool = False) -> tuple[Any, int | None]:
         """See :meth:`Engine.watched`; what a server has sent can't be held back from here."""
         raise ConfigError("max_risk is judged beside the engine, and this one is a server: leave max_risk at 1.")
 

@@ -141,13 +141,13 @@ class FakeEngine(Engine):
         """See :meth:`Engine.one_token`."""
         return FakeParams(settings=Sampling(max_tokens=1), kind="final")
 
-    def watched(self, sampling_params: FakeParams | None) -> tuple[FakeParams, int | None]:
+    def watched(self, sampling_params: FakeParams | None, *, whole: bool = False) -> tuple[FakeParams, int | None]:
         """See :meth:`Engine.watched`."""
         params = sampling_params or FakeParams()
         settings = params.settings
         wanted = dataclasses.replace(settings, logprobs=True, top_logprobs=max(settings.top_logprobs, 2))
         asked = settings.top_logprobs if settings.logprobs or settings.top_logprobs else None
-        return dataclasses.replace(params, settings=wanted), asked
+        return dataclasses.replace(params, settings=wanted, kind="final" if whole else params.kind), asked
 
     def generate(
         self,

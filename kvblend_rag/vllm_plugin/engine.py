@@ -160,9 +160,13 @@ class VLLMEngine(Engine):
         """See :meth:`Engine.one_token`."""
         return SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
 
-    def watched(self, sampling_params: SamplingParams | None) -> tuple[SamplingParams, int | None]:
+    def watched(
+        self, sampling_params: SamplingParams | None, *, whole: bool = False
+    ) -> tuple[SamplingParams, int | None]:
         """See :meth:`Engine.watched`."""
         params = self._own(sampling_params)
+        if whole:
+            params.output_kind = RequestOutputKind.FINAL_ONLY
         asked = params.logprobs
         if asked is None or 0 <= asked < 2:  # −1 asks for all
             params.logprobs = 2

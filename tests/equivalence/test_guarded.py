@@ -8,6 +8,9 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from kvblend_rag.calibration.risk import DEFAULT_RISK
+from kvblend_rag.second_opinion import disputed
+
 TOLERANCE = 1e-4
 
 
@@ -46,6 +49,27 @@ def test_marked_or_below_the_limit_the_blend_is_shown(rig, prompt):
         assert answer.report.risk is not None
         assert (reason or "") in (answer.report.reason or "")
         assert answer.difference(blended) < TOLERANCE
+
+
+def test_a_second_opinion_is_what_the_larger_budget_answers(rig, prompt):
+    """Its part in the risk is that of the two answers, each asked for alone."""
+    options = {"selector": "question", "ratio": 0.1}
+    asked = SamplingParams(max_tokens=16, temperature=0.0, logprobs=2, ignore_eos=True)
+    alone = []
+    for ratio in (0.1, 0.6):
+        rig.reset()
+        (output,) = rig.llm.generate([prompt.tolist()], asked, blend={**options, "ratio": ratio})
+        alone.append(output.outputs[0])
+    rig.reset()
+    (first,) = rig.ask([prompt], max_risk=0.999, second_opinion=0, **options)
+    rest = np.log(first.report.risk / (1 - first.report.risk))
+    limit = 1 / (1 + np.exp(-rest))  # a second opinion turns it, whichever way
+    (answer,) = rig.fresh([prompt], max_risk=float(limit), on_risk="mark", second_opinion=0.6, **options)
+    weight, typical = DEFAULT_RISK.answer.weights["disputed"], DEFAULT_RISK.answer.typical["disputed"]
+    found = (np.log(answer.report.risk / (1 - answer.report.risk)) - rest) / weight + typical
+    assert found == pytest.approx(disputed(*alone), abs=1e-3)
+    assert answer.token_ids == first.token_ids
+    assert ("is above max_risk" in (answer.report.reason or "")) == (found > typical)
 
 
 def moved(rig, prompt, **options):

@@ -5,13 +5,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from kvblend_rag.calibration.risk import Signals
 from kvblend_rag.config import BlendConfig
+from kvblend_rag.output import CompletionOutput
 from kvblend_rag.quality import measure as module
+from kvblend_rag.quality.arms import parse_arm
 from kvblend_rag.quality.measurement import Deviation, Identity
 from kvblend_rag.quality.metrics import Distribution
 from kvblend_rag.quality.observe import Asked, Observation
 from kvblend_rag.quality.questions import Question
 from kvblend_rag.report import BlendReport
+from kvblend_rag.testing.script import FakeLogprob
 
 
 @pytest.fixture
@@ -45,6 +49,26 @@ def asking(monkeypatch):
         return rounds
 
     return ask
+
+
+def test_a_larger_budget_is_the_second_opinion_of_a_smaller_one():
+    """Of two answers that say otherwise; where no budget is twice as large there is none."""
+    step = Distribution(np.array([1, 2]), np.log([0.5, 0.4]))
+    report = BlendReport(prompt_tokens=100, reused_tokens=80, recomputed_tokens=20, blended=True, uncovered_mass=0.5)
+
+    def observed(text, token):
+        listed = [{token: FakeLogprob(logprob=float(np.log(0.8)), rank=1, decoded_token=text)}]
+        completion = CompletionOutput(index=0, text=text, token_ids=(token,), logprobs=listed)
+        return Observation(text, (-0.7,), (step,), report, Signals.before_the_answer(report), completion)
+
+    names = ["reuse", "question:0.1", "question:0.2", "question:0.3", "question:0.5:coverage=0.5"]
+    ways = [parse_arm(name, BlendConfig()) for name in names]
+    said = {name: [observed("no", 7)] for name in names} | {"question:0.2": [observed("yes", 9)]}
+    said["plain"] = [observed("yes", 9)]
+    question = Question.made("set", "0", "lookup", "Where?", "There", ["a", "b"], (0,))
+    rows = module._judged(ways, BlendConfig(), [question], said)
+    assert [each.differs for each in rows] == [True, True, False, True, True]
+    assert [each.signals.disputed for each in rows] == [None, pytest.approx(0.875), None, None, None]
 
 
 def test_as_many_again_are_asked_until_there_is_a_verdict(asking):

@@ -11,13 +11,15 @@ from kvblend_rag.quality.observe import observe, prepare
 from kvblend_rag.quality.prompt import renderer
 from kvblend_rag.quality.score import score_all
 from kvblend_rag.quality.two_chunk import two_chunk_questions
+from kvblend_rag.second_opinion import disputed
 
 
 @pytest.fixture(scope="module")
 def observed(reader_llm):
     engine = reader_llm.kvblend.engine
     asked = prepare(engine, two_chunk_questions(3, documents=4), renderer(engine, SYSTEM_PROMPT))
-    arms = parse_arms(["everything", "reuse", "question:0.3"], reader_llm.kvblend.config)
+    names = ["everything", "reuse", "question:0.3", "question:0.6", "question:0.3:second_opinion=0.6"]
+    arms = parse_arms(names, reader_llm.kvblend.config)
     before = reader_llm.kvblend.catalogue.stats()["documents"]
     answers = observe(reader_llm.kvblend, asked, arms, batch=2, progress=False)
     assert reader_llm.kvblend.catalogue.stats()["documents"] == before
@@ -65,6 +67,15 @@ def test_what_recomputing_moved_is_what_the_first_tokens_distributions_differ_by
         moved = sum(abs(after.get(token, 0.0) - before.get(token, 0.0)) for token in both) / 2
         assert recomputed.signals.moved_mass == pytest.approx(moved, abs=0.01)
         assert reuse.signals.moved_mass is None
+
+
+def test_a_second_opinion_is_the_answer_at_its_budget(observed):
+    _, answers = observed
+    pairs = zip(answers["question:0.3"], answers["question:0.6"], strict=True)
+    expected = [disputed(low.completion, high.completion) for low, high in pairs]
+    assert [each.signals.disputed for each in answers["question:0.3:second_opinion=0.6"]] == pytest.approx(expected)
+    assert all(each.signals.disputed is None for name in ("plain", "question:0.3") for each in answers[name])
+    assert any(each > 1e-4 for each in expected)
 
 
 def first(*observations):
