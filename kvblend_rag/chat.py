@@ -19,7 +19,7 @@ from kvblend_rag.conversation.turn import ChatDelta, ChatRequest, ChatResult, Mo
 from kvblend_rag.engine import Engine
 from kvblend_rag.errors import KVBlendWarning, RequestTimeout
 from kvblend_rag.kvblend import KVBlend
-from kvblend_rag.output import RequestOutput
+from kvblend_rag.output import RequestOutput, last
 
 Message = Mapping[str, Any]
 SamplingLike = Sampling | Mapping[str, Any] | None
@@ -117,7 +117,7 @@ class Chat:
         request = self._request(messages, tools, tool_choice, parallel_tool_calls, sampling, template)
         engine = await self._started()
         turn = self._turn(engine, request, stream=False)
-        output = await _last(self._outputs(turn.prompt, turn.params, blend, timeout))
+        output = await last(self._outputs(turn.prompt, turn.params, blend, timeout))
         return AnswerReader(turn, engine.tokenizer, parallel_tool_calls).result(output)
 
     async def stream_text(
@@ -149,7 +149,7 @@ class Chat:
         """A text continued, finished. Arguments as for :meth:`stream_text`."""
         settings = Sampling.of(sampling)
         engine = await self._started()
-        output = await _last(self._outputs(prompt, engine.sampling(settings), blend, timeout))
+        output = await last(self._outputs(prompt, engine.sampling(settings), blend, timeout))
         return AnswerReader(None, engine.tokenizer).result(output)
 
     def complete_sync(self, messages: Sequence[Message], **options: Any) -> ChatResult:
@@ -255,15 +255,6 @@ class Chat:
 
 async def _next(iterator: AsyncIterator[T]) -> T:
     return await iterator.__anext__()
-
-
-async def _last(outputs: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
-    last = None
-    async with aclosing(outputs) as iterated:
-        async for output in iterated:
-            last = output
-    assert last is not None
-    return last
 
 
 async def _together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

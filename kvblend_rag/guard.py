@@ -10,7 +10,7 @@ from typing import Any
 from kvblend_rag.calibration.risk import RiskModel, Signals, margin
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.engine import Engine, Prompt
-from kvblend_rag.output import RequestOutput
+from kvblend_rag.output import RequestOutput, last
 from kvblend_rag.report import BlendReport
 from kvblend_rag.second_opinion import disputed, second_options
 
@@ -62,7 +62,7 @@ class Guard:
                     signals = watch.signals(output.finished)
                     waited_for = output.finished and not begun and len(output.outputs) == 1
                     if blended and waited_for and second and self._open(signals, own.max_risk):
-                        again = await _last(self._engine.generate(prompt, watched, options=second, **extra))
+                        again = await last(self._engine.generate(prompt, watched, options=second, **extra))
                         signals = dataclasses.replace(signals, disputed=disputed(output.outputs[0], again.outputs[0]))
                     risk = self._model.risk(signals) if blended else None
                 if risk is not None and risk > own.max_risk and not begun and own.on_risk == "prefill":
@@ -117,11 +117,6 @@ class _Watch:
         return dataclasses.replace(
             self.known, first_margin=self._margin, lowest_logprob=self._lowest if finished else None
         )
-
-
-async def _last(outputs: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
-    async with aclosing(outputs):
-        return [output async for output in outputs][-1]
 
 
 def _marked(report: BlendReport, risk: float, limit: float) -> BlendReport:

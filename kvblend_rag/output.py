@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,4 +74,14 @@ class RequestOutput:
         return dataclasses.replace(self, outputs=[trimmed(each) for each in self.outputs])
 
 
-__all__ = ["CompletionOutput", "RequestMetrics", "RequestOutput"]
+async def last(outputs: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
+    """The last of a request's outputs; cancelled while it waits, it leaves the iteration and so aborts the request."""
+    final = None
+    async with aclosing(outputs) as iterated:
+        async for output in iterated:
+            final = output
+    assert final is not None
+    return final
+
+
+__all__ = ["CompletionOutput", "RequestMetrics", "RequestOutput", "last"]

@@ -37,7 +37,7 @@ from kvblend_rag.commands.server_process import ServerProcess, running
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.conversation.sampling import Sampling
 from kvblend_rag.kvblend import KVBlend
-from kvblend_rag.output import RequestOutput
+from kvblend_rag.output import RequestOutput, last
 
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {"blend": False},
@@ -225,7 +225,7 @@ class _Load:
         """What a request gives alone; where everything is recomputed, what plain vLLM gives."""
         self._server.reset_prefix_cache()
         reference = ARMS["plain" if arm == "everything" else arm]
-        output = self._kv.engine.run(_last(self._kv.stream(prompt, _sampling(logprobs=True), blend=reference)))
+        output = self._kv.engine.run(last(self._kv.stream(prompt, _sampling(logprobs=True), blend=reference)))
         completion = output.outputs[0]
         margins = []
         for choices in completion.logprobs or ():
@@ -255,12 +255,6 @@ def _sampling(*, logprobs: bool = False) -> Sampling:
         top_logprobs=2 if logprobs else 0,
         extra={"ignore_eos": True},
     )
-
-
-async def _last(outputs: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
-    async for output in outputs:
-        last = output
-    return last
 
 
 def _resident(server: int) -> dict[str, int]:

@@ -6,12 +6,34 @@ each moved element once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from kvblend_rag.kernels.paged_caches import PagedCaches
 from kvblend_rag.kernels.pairs import pairs
+
+
+@triton.jit
+def _row(
+    addresses, layer, slot, head, block_stride, head_stride, token_stride, block_size, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Where a slot's keys begin in a layer's cache, by head."""
+    # Said, since of an address out of memory the compiler can't know it, and would go piece by piece.
+    cache = tl.multiple_of(tl.load(addresses + layer).to(tl.pointer_type(DTYPE)), 16)
+    return cache + (slot // block_size) * block_stride + (slot % block_size) * token_stride + head * head_stride
+
+
+@triton.jit
+def _turned(key, other, cos, sin, index, dim, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """A token's keys, turned, given the other half of each pair."""
+    rotated = dim < 2 * HALF
+    _partner, sign, frequency = pairs(dim, HALF, INTERLEAVED)
+    c = tl.load(cos + index * HALF + frequency, mask=rotated, other=1.0)
+    s = tl.load(sin + index * HALF + frequency, mask=rotated, other=0.0)
+    return tl.where(rotated, key * c + sign * other * s, key)
 
 
 @triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["among", "slots"])
@@ -33,6 +55,7 @@ def _changes(
     head_stride,
     token_stride,
     block_size,
+    DTYPE: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
@@ -45,20 +68,16 @@ def _changes(
     head = tl.arange(0, HEADS_PADDED)[:, None]
     dim = tl.arange(0, DIM_PADDED)[None, :]
     inside = (head < HEADS) & (dim < DIM)
-    # Said, since of an address out of memory the compiler can't know it.
-    cache = tl.multiple_of(tl.load(addresses + layer).to(keys.dtype), 16)
-    stored = cache + (slot // block_size) * block_stride + (slot % block_size) * token_stride + head * head_stride
+    stored = _row(addresses, layer, slot, head, block_stride, head_stride, token_stride, block_size, DTYPE)
     new = keys + token * key_token + head * key_head
     key = tl.load(new + dim, mask=inside, other=0.0).to(tl.float32)
     key -= tl.load(stored + dim, mask=inside, other=0.0).to(tl.float32)
     if HALF > 0:
-        rotated = dim < 2 * HALF
-        partner, sign, frequency = pairs(dim, HALF, INTERLEAVED)
-        other = tl.load(new + partner, mask=inside & rotated, other=0.0).to(tl.float32)
-        other -= tl.load(stored + partner, mask=inside & rotated, other=0.0).to(tl.float32)
-        c = tl.load(cos + index * HALF + frequency, mask=rotated, other=1.0)
-        s = tl.load(sin + index * HALF + frequency, mask=rotated, other=0.0)
-        key = tl.where(rotated, key * c + sign * other * s, key)
+        partner, _sign, _frequency = pairs(dim, HALF, INTERLEAVED)
+        paired = inside & (dim < 2 * HALF)
+        other = tl.load(new + partner, mask=paired, other=0.0).to(tl.float32)
+        other -= tl.load(stored + partner, mask=paired, other=0.0).to(tl.float32)
+        key = _turned(key, other, cos, sin, index, dim, HALF, INTERLEAVED)
     value = tl.load(values + token * value_token + head * value_head + dim, mask=inside, other=0.0).to(tl.float32)
     value -= tl.load(stored + DIM + dim, mask=inside, other=0.0).to(tl.float32)
     target = changes + index * 2 * HEADS * DIM + head * DIM + dim
@@ -95,16 +114,11 @@ def _move(
     move = moves + tl.load(runs + index) * 2 * HEADS * DIM + head * DIM
     key = tl.load(move + dim, mask=inside, other=0.0)
     if HALF > 0:
-        rotated = dim < 2 * HALF
-        partner, sign, frequency = pairs(dim, HALF, INTERLEAVED)
-        other = tl.load(move + partner, mask=inside & rotated, other=0.0)
-        c = tl.load(cos + index * HALF + frequency, mask=rotated, other=1.0)
-        s = tl.load(sin + index * HALF + frequency, mask=rotated, other=0.0)
-        key = tl.where(rotated, key * c + sign * other * s, key)
+        partner, _sign, _frequency = pairs(dim, HALF, INTERLEAVED)
+        other = tl.load(move + partner, mask=inside & (dim < 2 * HALF), other=0.0)
+        key = _turned(key, other, cos, sin, index, dim, HALF, INTERLEAVED)
     value = tl.load(move + HEADS * DIM + dim, mask=inside, other=0.0)
-    # Said, since of an address out of memory the compiler can't know it, and would store piece by piece.
-    cache = tl.multiple_of(tl.load(addresses + layer).to(tl.pointer_type(DTYPE)), 16)
-    place = cache + (slot // block_size) * block_stride + (slot % block_size) * token_stride + head * head_stride + dim
+    place = _row(addresses, layer, slot, head, block_stride, head_stride, token_stride, block_size, DTYPE) + dim
     key += tl.load(place, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(place + DIM, mask=inside, other=0.0).to(tl.float32)
     tl.store(place, key.to(DTYPE), mask=inside)
@@ -186,15 +200,13 @@ def move(
         layer,
         *caches.strides,
         caches.block_size,
-        DTYPE=getattr(tl, str(caches.dtype).removeprefix("torch.")),
         **_shape(caches, turn, interleaved),
     )
 
 
-def _shape(
-    caches: PagedCaches, turn: tuple[torch.Tensor, torch.Tensor] | None, interleaved: bool
-) -> dict[str, int | bool]:
+def _shape(caches: PagedCaches, turn: tuple[torch.Tensor, torch.Tensor] | None, interleaved: bool) -> dict[str, Any]:
     return {
+        "DTYPE": getattr(tl, str(caches.dtype).removeprefix("torch.")),
         "HEADS": caches.heads,
         "DIM": caches.dim,
         "HALF": 0 if turn is None else turn[0].shape[1],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from kvblend_rag.calibration.risk import Signals, signals_of
 from kvblend_rag.conversation.sampling import Sampling
 from kvblend_rag.engine import Engine
 from kvblend_rag.kvblend import KVBlend
-from kvblend_rag.output import CompletionOutput, RequestOutput
+from kvblend_rag.output import CompletionOutput, RequestOutput, last
 from kvblend_rag.quality.arms import Arm
 from kvblend_rag.quality.forcing import distributions, forcing
 from kvblend_rag.quality.metrics import Distribution
@@ -170,7 +170,7 @@ def _batch(kvblend: KVBlend, asked: Sequence[Asked], arm: Arm, bar: tqdm[Any]) -
 
 def _answer(
     kvblend: KVBlend, prompt: list[int], sampling: Any, options: Mapping[str, Any]
-) -> AsyncIterator[RequestOutput]:
+) -> AsyncGenerator[RequestOutput, None]:
     """With every signal, and judged only where the arm says so: an engine by itself takes them and judges nothing."""
     if kvblend.config.for_request(options).max_risk < 1:
         return kvblend.stream(prompt, sampling, blend=options)
@@ -186,15 +186,14 @@ def _second(kvblend: KVBlend, arm: Arm) -> dict[str, Any] | None:
     return second_options({"tenant": kvblend.config.tenant, **arm.options}, own)
 
 
-def _all(engine: Engine, requests: Sequence[AsyncIterator[RequestOutput]], bar: tqdm[Any]) -> list[RequestOutput]:
+def _all(
+    engine: Engine, requests: Sequence[AsyncGenerator[RequestOutput, None]], bar: tqdm[Any]
+) -> list[RequestOutput]:
     """The last output of each request, all at once, from an empty prefix cache."""
 
-    async def one(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
-        final = None
-        async for output in outputs:
-            final = output
+    async def one(outputs: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
+        final = await last(outputs)
         bar.update()
-        assert final is not None
         return final
 
     async def together() -> list[RequestOutput]:

@@ -37,8 +37,8 @@ _AHEAD = 4
 
 
 _SMALLEST_COPY = 4096
-"""Bytes that are copied in one piece of a batch; a chunk with smaller ones goes to the device whole. Among pieces of
-768 and 1,212 bytes the driver's batched copy ended in a launch failure (H200, driver 580.159, vLLM's issue 49276)."""
+"""Bytes that are copied in one piece of a batch; a chunk with smaller ones goes to the device whole. Pieces of 768 and
+1,212 bytes came with a launch failure not understood; batched copies are suspected (vLLM's issue 49276)."""
 
 
 @dataclass(frozen=True)

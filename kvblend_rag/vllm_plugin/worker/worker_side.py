@@ -24,6 +24,7 @@ from kvblend_rag.config import BlendConfig
 from kvblend_rag.errors import KVBlendError
 from kvblend_rag.report import TierLoad
 from kvblend_rag.store import StoredChunk, TieredStore, open_catalogue, open_store
+from kvblend_rag.store.encoding import Encoding
 from kvblend_rag.store.page_locking import lock_pages_by_threads
 from kvblend_rag.vllm_plugin import compat
 from kvblend_rag.vllm_plugin.metadata import (
@@ -295,7 +296,7 @@ class WorkerSide:
             pin, decoding = self._paged.device.type == "cuda", _decodes_on_host(self._paged)
             self._store = open_store(self._config, shard, pin=pin, decoding=decoding)
             catalogue = open_catalogue(self._config)
-            encoding = "none" if decoding else self._config.encoding
+            encoding: Encoding = "none" if decoding else self._config.encoding
             self._writer = Writer(self._store, catalogue, shard, self._paged.device, encoding)
             loader = _fastest_loader(self._paged)
             self._hot = HotChunks(hot_bytes(self._vllm_config), self._paged.device)
@@ -303,7 +304,7 @@ class WorkerSide:
             longest = int(self._vllm_config.model_config.max_model_len)
             self._audit = Audit(self._paged, forward, loader, self._store, context, longest)
             if self._config.planner:
-                pace = self._rehearse(forward, loader, len(context), ranks)
+                pace = self._rehearse(forward, loader, len(context), ranks, encoding)
                 self._stopwatch = Stopwatch(self._paged.device)
                 self._scout = Scout(self._store)
                 self._scout.measure(catalogue)
@@ -314,9 +315,10 @@ class WorkerSide:
             logger.warning("kvblend does not blend: %s.", refusal)
         return Handshake(identity, tuple(context), refusal, ranks.rank, ranks.size, pace, tuple(loads), header, permit)
 
-    def _rehearse(self, forward: ScatteredForward, loader: Loader, context_tokens: int, ranks: Ranks) -> Pace | None:
+    def _rehearse(
+        self, forward: ScatteredForward, loader: Loader, context_tokens: int, ranks: Ranks, encoding: Encoding
+    ) -> Pace | None:
         """How fast this worker computes and blends, in free blocks, before the first request."""
-        encoding = "none" if _decodes_on_host(self._paged) else self._config.encoding
         shelf, nothing_hot = Shelf(self._paged, encoding), HotChunks(0, self._paged.device)
         model = self._vllm_config.model_config
         rehearsal = Rehearsal(

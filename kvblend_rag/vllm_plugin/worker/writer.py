@@ -109,10 +109,11 @@ class Writer:
                     host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
                     host.copy_(source, non_blocking=True)
                     stream.synchronize()
+                stored = dataclasses.replace(chunk, kv=in_buffer(kv, host))
                 with self._changed:
                     self._line_bytes -= nbytes - host.nbytes
-                self._on_host.put(dataclasses.replace(chunk, kv=in_buffer(kv, host)))
-                del kv, source, host
+                self._on_host.put(stored)
+                del kv, source, host, stored
             except Exception as error:  # whatever goes wrong must not end the thread
                 self._leaves(key, nbytes, f"The chunk could not be copied to the host: {error!r}.")
             del item, chunk  # what is not on the device any more is not held there either
