@@ -1,8 +1,8 @@
 """One chunk on disk: a safetensors file that can't be half written and can't be misread.
 
-The tensors are ``kv`` (layers, 2, tokens, kv_heads, head_dim), or what an encoding keeps in its place, and
-``token_ids`` (int32); the metadata are format, key, namespace, shard, dtype and checksum. The checksum
-(BLAKE3) covers every byte of the file, header included, with its own digits taken as zeros.
+The tensors are ``kv``, (layers, 2, tokens, kv_heads, head_dim) or, encoded, (layers, bytes) as ``EncodedKV`` has
+them, and ``token_ids`` (int32); the metadata are format, key, namespace, shard, dtype, shape where the KV is encoded,
+and checksum. The checksum (BLAKE3) covers every byte of the file, header included, with its own digits taken as zeros.
 
 Encrypted, the only tensor is ``sealed`` (uint8): such a file, sealed as a whole. Its metadata stay readable.
 """
@@ -24,8 +24,8 @@ from blake3 import blake3
 
 from kvblend_rag.errors import ChunkDamaged, ChunkMissing, StoreError
 from kvblend_rag.store.base import StoredChunk
-from kvblend_rag.store.encoded import KV, EncodedKV, Place, encoded
-from kvblend_rag.store.encoding import ENCODINGS, Encoding, Tensors, encode, round_trip
+from kvblend_rag.store.encoded import KV, EncodedKV, encoded
+from kvblend_rag.store.encoding import ENCODINGS, Encoding, round_trip
 from kvblend_rag.store.layout import Shard, StoreLayout, mark_used, store_error, sync_folder
 from kvblend_rag.store.seal import Sealed
 
@@ -38,7 +38,6 @@ _DTYPES = {
     "U8": torch.uint8,
 }
 _CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
-_WIDTHS = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _Part: TypeAlias = tuple[str, str, list[int], memoryview]
 """A tensor of a file: name, dtype, shape, bytes."""
@@ -68,14 +67,14 @@ def encode_chunk(layout: StoreLayout, chunk: StoredChunk, shard: Shard) -> list[
             f"KV of shape {tuple(kv.shape)} for {token_ids.size} tokens can't be stored: "
             "it must be (layers, 2, tokens, kv_heads, head_dim)."
         )
-    encoding, tensors = _tensors(kv, layout.encoding)
-    parts = [_part(name, tensor) for name, tensor in tensors.items()]
-    parts.append(("token_ids", "I32", list(token_ids.shape), token_ids.data.cast("B")))
-    if encoding != "none":
-        # so that each tensor begins where its dtype may be read, which the format doesn't pad for
-        parts.sort(key=lambda part: -_WIDTHS[part[1]])
-    format = f"{layout.version}" if encoding == "none" else f"{layout.version} {encoding}"
-    plain = _encoded(format, chunk, shard, parts, dtype=_DTYPE_NAMES[kv.dtype])
+    kept = kv if isinstance(kv, EncodedKV) else encoded(kv.detach().contiguous(), layout.encoding)
+    format, metadata = f"{layout.version}", {"dtype": _DTYPE_NAMES[kv.dtype]}
+    if isinstance(kept, EncodedKV):
+        format += f" {kept.encoding}"
+        metadata["shape"] = " ".join(map(str, kept.shape))
+        kept = kept.buffer.view(kept.shape[0], -1)
+    parts = [_part("kv", kept), ("token_ids", "I32", list(token_ids.shape), token_ids.data.cast("B"))]
+    plain = _encoded(format, chunk, shard, parts, **metadata)
     if layout.seal is None:
         return plain
     sealed = layout.seal.seal(b"".join(plain), _context(chunk.key, shard))
@@ -89,12 +88,6 @@ def as_stored(layout: StoreLayout, chunk: StoredChunk) -> StoredChunk:
         return chunk
     read = round_trip if layout.decoding else encoded
     return dataclasses.replace(chunk, kv=read(chunk.kv, layout.encoding))
-
-
-def _tensors(kv: KV, encoding: Encoding) -> tuple[Encoding, Tensors]:
-    if isinstance(kv, EncodedKV):
-        return kv.encoding, kv.tensors
-    return encoding, encode(kv.detach().contiguous(), encoding)
 
 
 def _part(name: str, tensor: torch.Tensor) -> _Part:
@@ -208,20 +201,22 @@ def _decoded(layout: StoreLayout, raw: torch.Tensor, path: Path | str, key: str,
     encoding = metadata["format"].partition(" ")[2] or "none"
     if encoding not in ENCODINGS:
         raise _damaged(path, f"has the encoding {encoding}, which this release does not read")
-    places = {
-        name: _place(raw, entry, start) for name, entry in header.items() if name not in ("__metadata__", "token_ids")
-    }
-    kv = _kv(raw[start:], places, encoding, _DTYPES[metadata.get("dtype", "F32")], layout.decoding)
+    kv = _kv(_slice(raw, header["kv"], start), header["kv"], encoding, metadata, layout.decoding)
     if len(kv.shape) != 5 or kv.shape[1] != 2 or len(token_ids) != 4 * kv.shape[2]:
         raise ValueError(f"KV of shape {tuple(kv.shape)}")
     return StoredChunk(key, str(metadata["namespace"]), np.frombuffer(token_ids, dtype="<i4"), kv)
 
 
-def _kv(buffer: torch.Tensor, places: dict[str, Place], encoding: Encoding, dtype: torch.dtype, decoding: bool) -> KV:
+def _kv(
+    buffer: torch.Tensor, entry: dict[str, Any], encoding: Encoding, metadata: dict[str, str], decoding: bool
+) -> KV:
+    kept = buffer.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
     if encoding == "none":
-        start, dtype, shape = places["kv"]
-        return buffer[start : start + places["kv"].nbytes].view(dtype).view(shape)
-    kv = EncodedKV(encoding, dtype, buffer, places)
+        return kept
+    layers, two, tokens, heads, dim = map(int, metadata["shape"].split())
+    kv = EncodedKV(encoding, _DTYPES[metadata["dtype"]], (layers, two, tokens, heads, dim), buffer)
+    if kept.dtype != torch.uint8 or kept.shape != (layers, kv.layer_nbytes):
+        raise ValueError(f"{kept.dtype} of shape {tuple(kept.shape)}")
     return kv.decode() if decoding else kv
 
 
@@ -282,14 +277,6 @@ def _slice(raw: torch.Tensor, entry: dict[str, Any], start: int) -> torch.Tensor
     if not 0 <= first <= last <= raw.numel() - start:
         raise ValueError(f"a tensor from {first} to {last}")
     return raw[start + first : start + last]
-
-
-def _place(raw: torch.Tensor, entry: dict[str, Any], start: int) -> Place:
-    place = Place(entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    sizes = all(type(size) is int and size >= 0 for size in place.shape)
-    if not sizes or _slice(raw, entry, start).numel() != place.nbytes:
-        raise ValueError(f"a tensor of shape {place.shape} in {entry['data_offsets']}")
-    return place
 
 
 def _context(key: str, shard: Shard) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -11,56 +10,51 @@ import torch
 from kvblend_rag.store.encoding import Encoding, Shape, Tensors, decode, encode, kept_as
 
 _ALIGNMENT = 64
+"""Bytes, at whose multiples layers and tensors begin, so that any dtype may be read there."""
 
 _LAYERS_AT_ONCE = 4
 """Encoded together: on the way values are float32, for which a GPU that serves has little room."""
 
 
-class Place(NamedTuple):
-    """Where a tensor lies in a buffer."""
+class _Place(NamedTuple):
+    """Where a layer of a tensor lies in a layer of the buffer."""
 
     start: int
     """In bytes."""
     dtype: torch.dtype
     shape: tuple[int, ...]
+    """Of a layer."""
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    def stop(self) -> int:
+        """In bytes."""
+        return self.start + math.prod(self.shape) * self.dtype.itemsize
 
 
 class EncodedKV:
     """A chunk's KV in the tensors of an encoding, all in one buffer, on the host or a device.
 
+    The buffer holds a layer after the other, so that a layer is one copy: in each, the encoding's tensors in the order
+    of ``kept_as``.
+
     Args:
         encoding: any but ``none``.
         dtype: of the cache that it is decoded for.
-        buffer: uint8, shape (bytes,), contiguous; not written to afterwards.
-        places: of the encoding's tensors in it, by name; others are passed over.
+        shape: as decoded, (layers, 2, tokens, kv_heads, head_dim).
+        buffer: uint8, shape (``encoded_bytes``,), contiguous; not written to afterwards.
 
     Raises:
-        LookupError, ValueError: the tensors are none of this encoding's.
+        ValueError: no chunk has that shape, or its buffer is of other size.
 
     Attributes:
-        shape: as decoded, (layers, 2, tokens, kv_heads, head_dim).
-        pieces: of each tensor, in the order of ``kept_as``: first byte, and bytes from layer to layer.
+        layer_nbytes: bytes of a layer.
     """
 
-    def __init__(
-        self, encoding: Encoding, dtype: torch.dtype, buffer: torch.Tensor, places: Mapping[str, Place]
-    ) -> None:
-        self.encoding, self.dtype, self.buffer = encoding, dtype, buffer
-        self.shape = _shape(encoding, places)
-        kept = kept_as(self.shape, encoding, dtype)
-        self._places = {name: places[name] for name in kept}
-        for name, place in self._places.items():
-            if (place.dtype, place.shape) != kept[name] or place.start % place.dtype.itemsize:
-                raise ValueError(f"{name} of {place.dtype} and shape {place.shape} from byte {place.start}")
-            if not 0 <= place.start <= place.start + place.nbytes <= buffer.numel():
-                raise ValueError(f"{name} from byte {place.start} of {buffer.numel()}")
-        layers = self.shape[0]
-        self.pieces = [(place.start, place.nbytes // layers) for place in self._places.values()]
+    def __init__(self, encoding: Encoding, dtype: torch.dtype, shape: Shape, buffer: torch.Tensor) -> None:
+        self.encoding, self.dtype, self.shape, self.buffer = encoding, dtype, shape, buffer
+        self._places, self.layer_nbytes = _laid_out(encoding, dtype, shape)
+        if buffer.shape != (shape[0] * self.layer_nbytes,):
+            raise ValueError(f"{tuple(buffer.shape)} bytes for KV of shape {shape} in {encoding}")
 
     @property
     def nbytes(self) -> int:
@@ -87,13 +81,20 @@ class EncodedKV:
 
     def moved(self, buffer: torch.Tensor) -> EncodedKV:
         """The same in another buffer, that holds the same bytes or will."""
-        return EncodedKV(self.encoding, self.dtype, buffer, self._places)
+        return EncodedKV(self.encoding, self.dtype, self.shape, buffer)
+
+    @property
+    def starts(self) -> list[int]:
+        """Of each tensor, in the order of ``kept_as``: its first byte in a layer."""
+        return [place.start for place in self._places.values()]
 
     @property
     def tensors(self) -> Tensors:
         """Views of the encoding's tensors, by name."""
+        count = self.shape[0]
+        layers = self.buffer.view(count, self.layer_nbytes)
         return {
-            name: self.buffer[place.start : place.start + place.nbytes].view(place.dtype).view(place.shape)
+            name: layers[:, place.start : place.stop].view(place.dtype).view(count, *place.shape)
             for name, place in self._places.items()
         }
 
@@ -103,10 +104,10 @@ class EncodedKV:
 
     def decode_layer(self, index: int, device: torch.device) -> torch.Tensor:
         """One layer's KV, brought to a device first, (2, tokens, kv_heads, head_dim)."""
-        tensors = {
-            name: tensor[index : index + 1].to(device, non_blocking=True) for name, tensor in self.tensors.items()
-        }
-        return decode(tensors, self.encoding, self.dtype)[0]
+        layer = self.buffer[index * self.layer_nbytes : (index + 1) * self.layer_nbytes]
+        return EncodedKV(self.encoding, self.dtype, (1, *self.shape[1:]), layer.to(device, non_blocking=True)).decode()[
+            0
+        ]
 
 
 KV: TypeAlias = torch.Tensor | EncodedKV
@@ -128,11 +129,11 @@ def encoded(kv: torch.Tensor, encoding: Encoding) -> KV:
     if encoding == "none":
         return kv
     layers, two, tokens, heads, dim = kv.shape
-    places, end = {}, 0
-    for name, (dtype, shape) in kept_as((layers, two, tokens, heads, dim), encoding, kv.dtype).items():
-        places[name] = Place(end, dtype, shape)
-        end += -(-places[name].nbytes // _ALIGNMENT) * _ALIGNMENT
-    made = EncodedKV(encoding, kv.dtype, torch.empty(end, dtype=torch.uint8, device=kv.device), places)
+    shape = (layers, two, tokens, heads, dim)
+    _, layer_nbytes = _laid_out(encoding, kv.dtype, shape)
+    # Zeros, so that what fills up is the same in any file of the chunk.
+    buffer = torch.zeros(layers * layer_nbytes, dtype=torch.uint8, device=kv.device)
+    made = EncodedKV(encoding, kv.dtype, shape, buffer)
     views = made.tensors
     for start in range(0, layers, _LAYERS_AT_ONCE):
         part = slice(start, start + _LAYERS_AT_ONCE)
@@ -141,15 +142,15 @@ def encoded(kv: torch.Tensor, encoding: Encoding) -> KV:
     return made
 
 
-def _shape(encoding: Encoding, places: Mapping[str, Place]) -> Shape:
-    values = places["values"].shape
-    layers, tokens, heads, dim = values if encoding != "int4" else (*values[:3], 0)
-    if encoding == "int4":
-        whole = places["whole"].shape
-        tokens, dim = tokens + whole[2], whole[4]
-    if min(layers, heads, dim) < 1:
-        raise ValueError(f"values of shape {values}")
-    return layers, 2, tokens, heads, dim
+def _laid_out(encoding: Encoding, dtype: torch.dtype, shape: Shape) -> tuple[dict[str, _Place], int]:
+    """Where each tensor lies in a layer, and the bytes of a layer."""
+    if len(shape) != 5 or shape[1] != 2 or min(shape) < 1:
+        raise ValueError(f"KV of shape {shape}")
+    places, end = {}, 0
+    for name, (kept, (_, *layer)) in kept_as(shape, encoding, dtype).items():
+        places[name] = _Place(end, kept, tuple(layer))
+        end = -(-places[name].stop // _ALIGNMENT) * _ALIGNMENT
+    return places, end
 
 
-__all__ = ["KV", "EncodedKV", "Place", "buffer_of", "encoded", "in_buffer"]
+__all__ = ["KV", "EncodedKV", "buffer_of", "encoded", "in_buffer"]

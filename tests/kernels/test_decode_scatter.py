@@ -66,8 +66,8 @@ def check(encoding, dtype, shapes):
             staged[start : start + chunk.nbytes] = chunk.buffer
         places = np.full((len(RUNS), PIECES, 2), -1)
         for index, (chunk, _, _) in enumerate(RUNS):
-            pieces = np.array(chunks[chunk].pieces)
-            places[index, : len(pieces)] = pieces + [ends[chunk], 0]
+            kv = chunks[chunk]
+            places[index, : len(kv.starts)] = [(ends[chunk] + start, kv.layer_nbytes) for start in kv.starts]
         table, counts = tiles_of(
             encoding,
             begins[:-1],

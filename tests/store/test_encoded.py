@@ -49,13 +49,31 @@ def test_a_file_read_as_it_lies_decodes_to_what_it_was(root, encoding, tokens, s
 
 
 @pytest.mark.parametrize("encoding", LOSSY)
-def test_pieces_are_the_layers_of_the_tensors(encoding):
+def test_a_layer_lies_together(encoding):
     for kv in (encoded(chunk().kv, encoding), encoded(chunk(3).kv, encoding)):
-        assert len(kv.pieces) == len(kv.tensors)
-        for (start, step), tensor in zip(kv.pieces, kv.tensors.values(), strict=True):
+        assert len(kv.starts) == len(kv.tensors)
+        assert kv.nbytes == 2 * kv.layer_nbytes
+        for start, tensor in zip(kv.starts, kv.tensors.values(), strict=True):
+            assert start % 64 == 0
             for layer in (0, 1):
-                found = kv.buffer[start + layer * step : start + (layer + 1) * step]
-                assert torch.equal(found, tensor[layer].contiguous().view(-1).view(torch.uint8))
+                wanted = tensor[layer].contiguous().view(-1).view(torch.uint8)
+                at = layer * kv.layer_nbytes + start
+                assert torch.equal(kv.buffer[at : at + len(wanted)], wanted)
+
+
+@pytest.mark.parametrize("encoding", LOSSY)
+def test_a_shape_that_is_not_the_buffers_is_refused(encoding):
+    kv = encoded(chunk(40).kv, encoding)
+    for shape in (
+        (2, 2, 104, 3, 24),
+        (3, 2, 40, 3, 24),
+        (2, 2, 40, 3, 160),
+        (2, 1, 40, 3, 24),
+        (2, 2, 0, 3, 24),
+        (2, 2),
+    ):
+        with pytest.raises(ValueError, match="KV of shape"):
+            EncodedKV(encoding, kv.dtype, shape, kv.buffer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -114,22 +132,20 @@ def test_tensors_that_do_not_fit_together_are_refused(encoding, decoding):
         return decode_chunk(layout, torch.frombuffer(bytearray(whole), dtype=torch.uint8), "f", stored.key, SHARD)
 
     assert torch.equal(read(header).decoded(), round_trip(stored.kv, encoding))
-    for name in set(header) - {"__metadata__", "token_ids"}:
-        entry = header[name]
-        first, last = entry["data_offsets"]
-        turned = entry["shape"][::-1]
-        changes = [{**entry, "shape": [*entry["shape"], 1]}, {**entry, "data_offsets": [first, last + len(data)]}]
-        changes += [{**entry, "shape": turned}] if turned != entry["shape"] else []
-        changes += [{**entry, "shape": [float(size) for size in entry["shape"]]}, {**entry, "dtype": "I32"}, {}]
-        for changed in changes:
-            with pytest.raises(ChunkDamaged, match="none of ours"):
-                read({**header, name: changed})
+    entry, metadata = header["kv"], header["__metadata__"]
+    first, last = entry["data_offsets"]
+    changes = [{**entry, "shape": [*entry["shape"], 1]}, {**entry, "data_offsets": [first, last + len(data)]}]
+    changes += [{**entry, "shape": entry["shape"][::-1]}, {**entry, "data_offsets": [first, last - 64]}]
+    changes += [{**entry, "shape": [float(size) for size in entry["shape"]]}, {**entry, "dtype": "I32"}, {}]
+    changed = [{**header, "kv": change} for change in changes]
+    changed += [{other: found for other, found in header.items() if other != "kv"}]
+    shapes = ("", "2 2 40 3", "2 2 104 3 24", "2 1 40 3 24", "-2 2 40 3 24", "2 2 40 3 2.4", "1 2 80 3 24")
+    changed += [{**header, "__metadata__": {**metadata, "shape": shape}} for shape in shapes]
+    changed += [{**header, "__metadata__": {name: said for name, said in metadata.items() if name != "shape"}}]
+    for each in changed:
         with pytest.raises(ChunkDamaged, match="none of ours"):
-            read({other: found for other, found in header.items() if other != name})
-    wrong = {
-        **header,
-        "__metadata__": {**header["__metadata__"], "format": "1 int4" if encoding != "int4" else "1 fp8"},
-    }
+            read(each)
+    wrong = {**header, "__metadata__": {**metadata, "format": "1 int4" if encoding != "int4" else "1 fp8"}}
     with pytest.raises(ChunkDamaged, match="none of ours"):
         read(wrong)
 

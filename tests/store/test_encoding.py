@@ -10,6 +10,7 @@ from kvblend_rag.config import BlendConfig
 from kvblend_rag.store import DiskStore, MemoryStore, StoreLayout, TieredStore, layout_of
 from kvblend_rag.store.base import StoredChunk
 from kvblend_rag.store.chunk_file import encode_chunk
+from kvblend_rag.store.encoded import EncodedKV
 from kvblend_rag.store.encoding import ENCODINGS, WHOLE_TOKENS, decode, encode, round_trip
 from kvblend_rag.store.seal import Seal
 
@@ -96,10 +97,15 @@ def test_files(root, make, encoding, tokens, seal):
     if seal is None:
         (path,) = StoreLayout(root).chunks.rglob("*.safetensors")
         with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            assert names - {"token_ids"} == set(encode(chunk.kv, encoding))
-            for name, tensor in encode(chunk.kv, encoding).items():
-                assert torch.equal(file.get_tensor(name).float(), tensor.float())
+            assert set(file.keys()) == {"kv", "token_ids"}
+            kv, shape = file.get_tensor("kv"), file.metadata().get("shape")
+            if encoding == "none":
+                assert shape is None
+                assert torch.equal(kv, chunk.kv)
+            else:
+                kept = EncodedKV(encoding, chunk.kv.dtype, tuple(map(int, shape.split())), kv.flatten()).tensors
+                for name, tensor in encode(chunk.kv, encoding).items():
+                    assert torch.equal(kept[name].float(), tensor.float())
 
 
 @pytest.mark.parametrize("encoding", LOSSY)

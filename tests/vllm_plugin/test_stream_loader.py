@@ -23,12 +23,12 @@ from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.blend.rope import Rotary
 from kvblend_rag.kernels.paged_caches import PagedCaches
 from kvblend_rag.store.encoded import encoded
-from kvblend_rag.vllm_plugin.worker import stream_loader
+from kvblend_rag.vllm_plugin.worker import host_copies, stream_loader
 from kvblend_rag.vllm_plugin.worker.loader import Turns, rotated
 
 # What there is of CUDA: everything in its order, at once.
 nothing = lambda *args, **kwargs: None
-order = SimpleNamespace(wait_stream=nothing, wait_event=nothing)
+order = SimpleNamespace(wait_stream=nothing, wait_event=nothing, cuda_stream=0)
 torch.cuda.Stream = torch.cuda.current_stream = lambda *args, **kwargs: order
 torch.cuda.Event = lambda: SimpleNamespace(record=nothing, query=lambda: True)
 torch.cuda.stream = lambda stream: contextlib.nullcontext()
@@ -43,12 +43,20 @@ copies, copied_bytes = [], []
 def copy(sources, targets, sizes, is_src_access_order_any):
     copies.append(len(sources))
     copied_bytes.append(int(sizes.sum()))
-    assert (sizes > 0).all()
+    assert (sizes >= host_copies._LARGE).all()
     for source, target, size in zip(sources.tolist(), targets.tolist(), sizes.tolist(), strict=True):
         ctypes.memmove(target, source, size)
 
-stream_loader.ops = SimpleNamespace(swap_blocks_batch=copy)
-stream_loader._SMALLEST_COPY = 0  # everything here is small
+def copy_rows(target, target_pitch, source, source_pitch, width, height, kind, stream):
+    copied_bytes.append(width * height)
+    assert 0 < width < host_copies._LARGE and width <= min(target_pitch, source_pitch)
+    for row in range(height):
+        ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+    return 0
+
+host_copies.ops = SimpleNamespace(swap_blocks_batch=copy)
+host_copies._runtime = lambda: SimpleNamespace(cudaMemcpy2DAsync=copy_rows)
+host_copies._LARGE = int(sys.argv[3])
 
 generator = torch.Generator().manual_seed(0)
 layers, heads, dim, block_size, blocks = 7, 2, 16, 4, 60
@@ -99,19 +107,11 @@ for slot_bytes in json.loads(sys.argv[1]):
             torch.testing.assert_close(layer.cache, expected, rtol=1e-5, atol=1e-5)
         loader.wait_for_all()
     asked = sum(
-        kv.nbytes if isinstance(kv, torch.Tensor) else sum(step for _, step in kv.pieces) * layers
-        for kv in chunks.values() if not kv.is_cuda
+        kv.nbytes for kv in chunks.values() if not kv.is_cuda
     )
     assert sum(copied_bytes) == rounds * asked or slot_bytes < 30_000  # what stands in two batches comes twice
     print(copies)
     copies.clear(), copied_bytes.clear()
-
-stream_loader._SMALLEST_COPY = 4096
-loader._paged = SimpleNamespace(device=torch.device("meta"))
-for tokens, dim, whole in ((511, 512, True), (512, 511, True), (512, 512, False)):  # of token and of channel scales
-    kv = torch.zeros(2, 2, tokens, 2, dim)
-    assert loader._in_large_pieces(kv) is kv
-    assert loader._in_large_pieces(encoded(kv, "int8")).device.type == ("meta" if whole else "cpu")
 """
 
 # By bytes of a staging slot, how many chunks each copy brings: of one, then of as many layers as turn alike and fit.
@@ -131,10 +131,10 @@ MIXES = {
 """By name, encoding of each chunk, and whether it lies on the device."""
 
 
-def arrive(slots, kinds):
-    """Load chunks as these; what was copied, by bytes of a staging slot."""
+def arrive(slots, kinds, large=1):
+    """Load chunks as these; what was copied in batches of pieces of so many bytes or more, by bytes of a slot."""
     done = subprocess.run(
-        [sys.executable, "-c", CHECK, json.dumps(slots), json.dumps(kinds)],
+        [sys.executable, "-c", CHECK, json.dumps(slots), json.dumps(kinds), str(large)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -149,5 +149,9 @@ def test_every_token_arrives_rotated():
 
 @pytest.mark.parametrize("name", MIXES)
 def test_encoded_chunks_arrive_decoded(name):
-    copies = arrive([1 << 20, 3_000], MIXES[name])
+    copies = arrive([1 << 20, 3_000], MIXES[name], large=500)
     assert all(map(bool, copies)) == (name != "hot")
+
+
+def test_small_pieces_are_in_no_batch():
+    assert arrive([1 << 20, 3_000], MIXES["all"], large=1 << 20) == [[], []]

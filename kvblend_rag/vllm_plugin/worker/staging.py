@@ -14,27 +14,11 @@ from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.kernels.decode_scatter import PIECES, tiles_of
 from kvblend_rag.store.encoded import KV, EncodedKV, buffer_of
 from kvblend_rag.store.encoding import ENCODINGS, Encoding
+from kvblend_rag.vllm_plugin.worker.host_copies import Batch, Piece
 from kvblend_rag.vllm_plugin.worker.loader import Chunks
 
 _ALIGNMENT = 16
 """Bytes, so that a piece begins where any dtype may be read."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Chunks that are staged together, the same for every layer.
-
-    A chunk as computed is one piece; an encoded one has as many as its encoding has tensors.
-    """
-
-    sources: torch.Tensor
-    """(pieces,) int64: host address of each piece's first layer."""
-    steps: torch.Tensor
-    """(pieces,) int64: bytes from one layer to the next, which is also what is copied."""
-    offsets: torch.Tensor
-    """(pieces,) int64: where each goes, in bytes from where its layer begins in a staging slot."""
-    nbytes: int
-    """Of one layer of all of them."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +43,7 @@ class Layout:
     """A request's chunks on their way."""
 
     batches: list[Batch]
+    """Chunks that are staged together, the same for every layer."""
     groups: list[Group]
     largest: int
     """Bytes of the largest batch's layer, which a staging slot must hold."""
@@ -120,41 +105,33 @@ def _batches(
     near = np.array([chunks[run.key].is_cuda for run in plan.runs])
     of_batch = np.zeros(len(near), dtype=np.int64)
     places = np.zeros((len(near), PIECES, 2), dtype=np.int64)
-    pieces = {run.key: _pieces(chunks[run.key]) for run in plan.runs}
     batches: list[Batch] = []
-    staged: dict[str, list[int]] = {}
+    staged: dict[str, int] = {}
     used = largest = first = 0
 
     def close(stop: int) -> None:
-        copied = [
-            (buffer_of(chunks[key]).data_ptr() + start, step, offset)
-            for key, offsets in staged.items()
-            for (start, step), offset in zip(pieces[key], offsets, strict=True)
-            if step
-        ]
-        sources, steps, offsets = torch.tensor(copied, dtype=torch.int64).T.contiguous()
+        copied = [Piece(buffer_of(chunks[key]).data_ptr(), _step(chunks[key]), at) for key, at in staged.items()]
         of_batch[first:stop] = len(batches)
-        batches.append(Batch(sources, steps, offsets, used))
+        batches.append(Batch(copied, used))
         places[first:stop, :, 1][~near[first:stop]] = used
 
     for index, run in enumerate(plan.runs):
-        inside = pieces[run.key]
+        kv = chunks[run.key]
+        step, starts = _step(kv), kv.starts if isinstance(kv, EncodedKV) else [0]
         if near[index]:
-            kv = chunks[run.key]
-            ahead = buffer_of(kv).data_ptr() - bases[_encoding(kv)].data_ptr()
-            places[index, : len(inside)] = [(ahead + start, step) for start, step in inside]
-            continue
-        if run.key not in staged:
-            *offsets, size = itertools.accumulate(
-                (-(-step // _ALIGNMENT) * _ALIGNMENT for _, step in inside), initial=0
-            )
+            at = buffer_of(kv).data_ptr() - bases[_encoding(kv)].data_ptr()
+            places[index, :, 1] = step
+        elif run.key in staged:
+            at = staged[run.key]
+        else:
+            size = -(-step // _ALIGNMENT) * _ALIGNMENT
             if staged and used + size > room:
                 close(index)
                 staged, used, first = {}, 0, index
-            staged[run.key] = [used + offset for offset in offsets]
+            at = staged[run.key] = used
             used += size
             largest = max(largest, used)
-        places[index, : len(inside), 0] = staged[run.key]
+        places[index, : len(starts), 0] = [at + start for start in starts]
     if staged:
         close(len(near))
     return batches, of_batch, places, largest
@@ -178,9 +155,9 @@ def _encoding(kv: KV) -> Encoding:
     return kv.encoding if isinstance(kv, EncodedKV) else "none"
 
 
-def _pieces(kv: KV) -> list[tuple[int, int]]:
-    """What is copied of a chunk at a layer: from which byte of its first, and how many bytes from layer to layer."""
-    return kv.pieces if isinstance(kv, EncodedKV) else [(0, kv.nbytes // kv.shape[0])]
+def _step(kv: KV) -> int:
+    """Bytes from one layer to the next."""
+    return buffer_of(kv).nbytes // kv.shape[0]
 
 
-__all__ = ["Batch", "Group", "Layout", "lay_out"]
+__all__ = ["Group", "Layout", "lay_out"]

@@ -2,9 +2,9 @@
 
 Chunks that lie on the device already are scattered from where they are.
 
-Copies go through the DMA engines in one driver call a batch (``ops.swap_blocks_batch``, cuMemcpyBatchAsync);
-a fused kernel rotates and scatters, and decodes what is encoded. Layers are sent off a few ahead of the one that is
-waited for, so that neither the copies nor the host time to launch them stand in front of the computation.
+Copies go through the DMA engines; a fused kernel rotates and scatters, and decodes what is encoded. Layers are sent
+off a few ahead of the one that is waited for, so that neither the copies nor the host time to launch them stand in
+front of the computation.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import torch
-from vllm import _custom_ops as ops
 
 from kvblend_rag.blend.plan import BlendPlan
 from kvblend_rag.kernels.decode_scatter import decode_scatter
 from kvblend_rag.kernels.paged_caches import launches
 from kvblend_rag.kernels.rotate_scatter import rotate_scatter
-from kvblend_rag.store.encoded import KV, EncodedKV
+from kvblend_rag.store.encoded import KV
+from kvblend_rag.vllm_plugin.worker.host_copies import Batch
 from kvblend_rag.vllm_plugin.worker.loader import Chunks, Loader, Turn, Turns, turning
 from kvblend_rag.vllm_plugin.worker.paged_kv import PagedKV
-from kvblend_rag.vllm_plugin.worker.staging import Batch, Group, lay_out
+from kvblend_rag.vllm_plugin.worker.staging import Group, lay_out
 
 _SLOT_BYTES = 128 << 20
 """Staged at a time: a layer of 32,000 tokens of an 8B model."""
@@ -34,11 +34,6 @@ _TOGETHER = 8
 
 _AHEAD = 4
 """Layers that are sent off beyond the one waited for; the ring holds back those it has no room for."""
-
-
-_SMALLEST_COPY = 4096
-"""Bytes that are copied in one piece of a batch; a chunk with smaller ones goes to the device whole. Pieces of 768 and
-1,212 bytes came with a launch failure not understood; batched copies are suspected (vLLM's issue 49276)."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +92,7 @@ class StreamLoader(Loader):
         """See :meth:`Loader.fetch`: as much as the staging ring holds."""
         self._let_go()
         # Chunks that didn't come from the memory tier are pageable: no asynchronous copy reads them.
-        pinned = {key: kv if kv.is_cuda or kv.is_pinned() else kv.pin_memory() for key, kv in chunks.items()}
-        ready = {key: self._in_large_pieces(kv) for key, kv in pinned.items()}
+        ready = {key: kv if kv.is_cuda or kv.is_pinned() else kv.pin_memory() for key, kv in chunks.items()}
         itemsize = self._paged.dtype.itemsize
         row_bytes = self._paged.heads * self._paged.head_dim * itemsize
         layout = lay_out(plan, ready, self._ring[0].nbytes, row_bytes, itemsize)
@@ -142,12 +136,6 @@ class StreamLoader(Loader):
         self.wait(self._paged.layers[-1].name)
         self._load = None
 
-    def _in_large_pieces(self, kv: KV) -> KV:
-        """The chunk, on the device where copies layer by layer would be of too few bytes."""
-        if not isinstance(kv, EncodedKV) or kv.is_cuda or min(step for _, step in kv.pieces if step) >= _SMALLEST_COPY:
-            return kv
-        return kv.moved(kv.buffer.to(self._paged.device, non_blocking=True))
-
     def _shipments(self, batches: list[Batch]) -> list[_Shipment]:
         """What is sent off, in this order.
 
@@ -171,16 +159,10 @@ class StreamLoader(Loader):
             batch, slot = shipment.batch, (load.first_slot + len(load.copied)) % _SLOTS
             if batch is None:
                 return
-            layers = torch.arange(len(shipment.layers))[:, None]
             copied = torch.cuda.Event()
             with torch.cuda.stream(self._copies):
                 self._copies.wait_event(self._free[slot])
-                ops.swap_blocks_batch(
-                    (batch.sources + (shipment.layers.start + layers) * batch.steps).flatten(),
-                    (batch.offsets + layers * batch.nbytes + self._ring[slot].data_ptr()).flatten(),
-                    batch.steps.repeat(len(layers)),
-                    is_src_access_order_any=True,
-                )
+                batch.copy(shipment.layers, self._ring[slot].data_ptr())
                 copied.record()
             load.copied.append(copied)
 

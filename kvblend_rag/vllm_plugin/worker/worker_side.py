@@ -62,10 +62,6 @@ _SEEN_KEPT = 256
 
 _GIB = 1 << 30
 
-_DECODED_ROW = 1024
-"""Elements of a token's keys at a layer; where they are fewer, chunks are decoded on the host. Loading int8 chunks of 3
-heads of 64 ended the engine on an H200 in three runs of three; of 8 heads of 128 it never has."""
-
 
 class WorkerSide:
     """Lives in a worker's process; never learns of queues or of the catalogue's contents."""
@@ -293,7 +289,7 @@ class WorkerSide:
                 if openings:
                     header = tuple(ingest_context("header", tokenizer, self._config.system_prompt))
             shard = (ranks.rank, ranks.size)
-            pin, decoding = self._paged.device.type == "cuda", _decodes_on_host(self._paged)
+            pin, decoding = self._paged.device.type == "cuda", self._paged.caches is None
             self._store = open_store(self._config, shard, pin=pin, decoding=decoding)
             catalogue = open_catalogue(self._config)
             encoding: Encoding = "none" if decoding else self._config.encoding
@@ -359,10 +355,6 @@ def _of_request(known: OrderedDict[str, T], request_id: str) -> T | None:
         return known[request_id]
     name = re.compile(rf"(\d+_)?{re.escape(request_id)}([-_]\d+)?(-[0-9a-f]+)?")
     return next((known[each] for each in reversed(known) if name.fullmatch(each)), None)
-
-
-def _decodes_on_host(paged: PagedKV) -> bool:
-    return paged.caches is None or paged.heads * paged.head_dim < _DECODED_ROW
 
 
 def _fastest_loader(paged: PagedKV) -> Loader:
