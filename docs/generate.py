@@ -852,11 +852,16 @@ _RISKS = {
     "moved": "what recomputing moved, alone",
     "answer_undisputed": "fitted, whole answer, without a second opinion",
     "disputed": "a second opinion, alone",
+    "default_first": "default, before the first token",
+    "first_undisputed_early": "fitted, before the first token, without a second opinion",
+    "disputed_early": "a second opinion on the first eight tokens, alone",
 }
 
 
 _WITH_SECOND = ("answer", "default", "answer_undisputed", "disputed")
 """What is told of a result with second opinions: the rest is in those without."""
+_WITH_SECOND_EARLY = (*_WITH_SECOND, "first", "default_first", "first_undisputed_early", "disputed_early")
+"""The same where they are known of the first tokens too."""
 
 
 def risk() -> str:
@@ -868,6 +873,7 @@ def risk() -> str:
         figures = result["held_out"]["all"]
         model, every = result["engine"]["model"], figures["default"]
         second = result["arm"].partition("second_opinion=")[2]
+        told = _WITH_SECOND_EARLY if "disputed_early" in figures else _WITH_SECOND
         rows += [
             [
                 f"{model} ({every['differ']} of {every['questions']} answers differed)",
@@ -877,7 +883,7 @@ def risk() -> str:
                 *(f"{figures[kind]['caught'][f'{rate} false alarms']:.0%}" for rate in ("10%", "30%")),
             ]
             for kind, what in _RISKS.items()
-            if kind in figures and (not second or kind in _WITH_SECOND)
+            if kind in figures and (not second or kind in told)
         ]
     head = ["model", "second opinion", "risk", "area under the ROC curve"]
     head += ["differing answers caught at 10 % false alarms", "at 30 %"]

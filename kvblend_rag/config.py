@@ -127,8 +127,9 @@ class BlendConfig:
     shown; ``mark`` shows it, with a reason in its report."""
 
     second_opinion: float = 0.5
-    """With ``max_risk`` below 1, where the whole answer is waited for: it is asked for once more with this share
-    recomputed, 0 to 1, if that can turn the judgement; how far it disputes the first is a signal. 0: no second one."""
+    """With ``max_risk`` below 1 an answer, or the beginning of one that is streamed, is asked for once more with this
+    share recomputed, 0 to 1, if that can turn the judgement; how far it disputes the first is a signal. 0: no second
+    one."""
 
     planner: bool = True
     """Load a chunk only where that is faster than computing its tokens, as measured on this machine, and blend only

@@ -50,6 +50,18 @@ class EngineInfo:
     """As the model's configuration names them."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """Sampling parameters whose outputs also tell how likely each token was."""
+
+    sampling_params: Any
+    """With log-probabilities of the two likeliest tokens of each step at least."""
+    keep: int | None
+    """The argument of ``RequestOutput.with_logprobs`` that leaves what was asked for."""
+    in_parts: bool
+    """An output holds what is new since the last."""
+
+
 class Engine(ABC):
     """An inference engine with a chunk store."""
 
@@ -114,16 +126,13 @@ class Engine(ABC):
         """Sampling parameters of a request that only computes its prompt."""
 
     @abstractmethod
-    def watched(self, sampling_params: Any, *, whole: bool = False) -> tuple[Any, int | None]:
-        """Sampling parameters whose outputs also tell how likely each token was, and how much of it was asked for.
+    def watched(self, sampling_params: Any, *, whole: bool = False, most: int | None = None) -> Watched:
+        """Sampling parameters whose outputs also tell how likely each token was.
 
         Args:
             sampling_params: the engine's; None for its defaults.
             whole: there is one output, at the end.
-
-        Returns:
-            The parameters, with log-probabilities of the two likeliest tokens of each step at least, and the
-            argument of ``RequestOutput.with_logprobs`` that leaves what the given ones ask for.
+            most: tokens that the answer may have, if they leave it more.
         """
 
     @abstractmethod
@@ -167,4 +176,4 @@ class Engine(ABC):
         """Stop the engine and free its memory; a second call does nothing."""
 
 
-__all__ = ["Engine", "EngineInfo", "Prompt"]
+__all__ = ["Engine", "EngineInfo", "Prompt", "Watched"]

@@ -10,17 +10,17 @@ from typing import Any
 from kvblend_rag.calibration.risk import RiskModel, Signals, margin
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.engine import Engine, Prompt
-from kvblend_rag.output import RequestOutput, last
+from kvblend_rag.output import CompletionOutput, RequestOutput, last
 from kvblend_rag.report import BlendReport
-from kvblend_rag.second_opinion import disputed, second_options
+from kvblend_rag.second_opinion import BEGINNING, beginning, disputed, second_options
 
 
 class Guard:
     """Judges the requests of one engine.
 
-    Before anything is shown, the risk of what is known by then is compared with ``max_risk``: the uncovered
-    score and the margin of the first token while tokens are streamed, the whole answer otherwise. That is asked
-    for a second time (``second_opinion``), unless the judgement would be the same whatever came of it.
+    Before anything is shown, the risk is compared with ``max_risk``: of the whole answer, or where tokens are streamed
+    of what the first ones tell. As much of the answer is asked for a second time (``second_opinion``), unless the
+    judgement would be the same whatever came of it.
 
     Args:
         engine: answers.
@@ -51,27 +51,38 @@ class Guard:
             extra: passed on to the engine.
         """
         second = second_options(options, own)
-        watched, logprobs = self._engine.watched(sampling_params, whole=whole)
-        watch, risky = _Watch(), None
-        async with aclosing(self._engine.generate(prompt, watched, options=dict(options), **extra)) as outputs:
+        watched = self._engine.watched(sampling_params, whole=whole)
+        watch, judged, risk, risky = _Watch(watched.in_parts), False, None, None
+        held: list[RequestOutput] = []
+        blending = self._engine.generate(prompt, watched.sampling_params, options=dict(options), **extra)
+        async with aclosing(blending) as outputs:
             async for output in outputs:
-                begun = watch.seen
                 watch.see(output)
-                if not begun or output.finished:
-                    blended, watch.known = await self._account(output)
+                if not judged or output.finished:
+                    if not held or output.finished:
+                        blended, watch.known = await self._account(output)
                     signals = watch.signals(output.finished)
-                    waited_for = output.finished and not begun and len(output.outputs) == 1
-                    if blended and waited_for and second and self._open(signals, own.max_risk):
-                        again = await last(self._engine.generate(prompt, watched, options=second, **extra))
-                        signals = dataclasses.replace(signals, disputed=disputed(output.outputs[0], again.outputs[0]))
+                    in_doubt = second and blended and not judged and self._open(signals, own.max_risk)
+                    if in_doubt and len(output.outputs) == 1:
+                        if not output.finished and len(watch.answer.token_ids) < BEGINNING:
+                            held.append(output)
+                            continue
+                        most = None if output.finished else BEGINNING
+                        again = self._engine.watched(sampling_params, whole=True, most=most).sampling_params
+                        other = await last(self._engine.generate(prompt, again, options=second, **extra))
+                        signals = watch.disputed_by(other.outputs[0], output.finished)
                     risk = self._model.risk(signals) if blended else None
-                if risk is not None and risk > own.max_risk and not begun and own.on_risk == "prefill":
+                if risk is not None and risk > own.max_risk and not judged and own.on_risk == "prefill":
                     risky = output
                     break
-                report = output.report
-                if output.finished and risk is not None:
-                    report = _marked(report, risk, own.max_risk)
-                yield dataclasses.replace(output.with_logprobs(logprobs), report=dataclasses.replace(report, risk=risk))
+                judged = watch.begun
+                for each in (*held, output):
+                    report = each.report
+                    if each.finished and risk is not None:
+                        report = _marked(report, risk, own.max_risk)
+                    told = dataclasses.replace(report, risk=risk)
+                    yield dataclasses.replace(each.with_logprobs(watched.keep), report=told)
+                held.clear()
         if risky is None:
             return
         ordinary = self._engine.generate(prompt, sampling_params, options={**options, "blend": False}, **extra)
@@ -81,7 +92,8 @@ class Guard:
 
     def _open(self, signals: Signals, limit: float) -> bool:
         """Whether a second opinion may turn the judgement."""
-        low, high = (self._model.risk(dataclasses.replace(signals, disputed=each)) for each in (0.0, 1.0))
+        said = (dataclasses.replace(signals, disputed=each, disputed_early=each) for each in (0.0, 1.0))
+        low, high = map(self._model.risk, said)
         return low <= limit < high
 
     async def _account(self, output: RequestOutput) -> tuple[bool, Signals]:
@@ -95,28 +107,50 @@ class Guard:
 
 
 class _Watch:
-    """The signals of a request as its outputs come: cumulative, new parts or one whole."""
+    """The signals of a request as its outputs come: cumulative, new parts or one whole.
 
-    def __init__(self) -> None:
-        self.seen = False
+    Args:
+        in_parts: outputs are new parts.
+    """
+
+    answer: CompletionOutput
+    """The first answer, of which of new parts no more is kept than a second opinion looks at."""
+    begun: bool
+    """There is a token."""
+
+    def __init__(self, in_parts: bool) -> None:
         self.known = Signals()
+        self.begun = False
+        self._in_parts = in_parts
         self._margin: float | None = None
         self._lowest: float | None = None
 
     def see(self, output: RequestOutput) -> None:
         for completion in output.outputs:
             for token, choices in zip(completion.token_ids, completion.logprobs or (), strict=False):
-                if not self.seen:
+                if self._margin is None:
                     self._margin = margin(choices)
-                    self.seen = True
                 own = float(choices[token].logprob)
                 self._lowest = own if self._lowest is None else min(self._lowest, own)
-            self.seen = self.seen or bool(completion.token_ids)
+        answer = output.outputs[0]
+        if self._in_parts and self.begun:
+            if len(self.answer.token_ids) >= BEGINNING:
+                return
+            steps = [*(self.answer.logprobs or ()), *(answer.logprobs or ())]
+            answer = dataclasses.replace(answer, token_ids=(*self.answer.token_ids, *answer.token_ids), logprobs=steps)
+        self.answer, self.begun = answer, self.begun or bool(answer.token_ids)
 
     def signals(self, finished: bool) -> Signals:
         return dataclasses.replace(
             self.known, first_margin=self._margin, lowest_logprob=self._lowest if finished else None
         )
+
+    def disputed_by(self, other: CompletionOutput, finished: bool) -> Signals:
+        """With a second answer, as long as this one's beginning unless this one is finished."""
+        signals = self.signals(finished)
+        if finished:
+            return dataclasses.replace(signals, disputed=disputed(self.answer, other))
+        return dataclasses.replace(signals, disputed_early=disputed(beginning(self.answer), other))
 
 
 def _marked(report: BlendReport, risk: float, limit: float) -> BlendReport:

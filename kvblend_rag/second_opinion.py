@@ -6,13 +6,18 @@ prefill's.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from kvblend_rag.calibration.risk import Signals
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.output import CompletionOutput
 from kvblend_rag.selectors import get_selector
+
+BEGINNING = 8
+"""Tokens of a streamed answer that are held back until a second opinion has been asked for as many."""
 
 
 def second_options(options: Mapping[str, Any], own: BlendConfig) -> dict[str, Any] | None:
@@ -53,6 +58,18 @@ def disputed(first: CompletionOutput, second: CompletionOutput) -> float:
     return (parted + lost) / 2
 
 
+def beginning(answer: CompletionOutput) -> CompletionOutput:
+    """The first tokens of an answer, as many as a second opinion on a stream has; the text stays as it is."""
+    steps = None if answer.logprobs is None else answer.logprobs[:BEGINNING]
+    return dataclasses.replace(answer, token_ids=answer.token_ids[:BEGINNING], logprobs=steps)
+
+
+def with_second(signals: Signals, first: CompletionOutput, second: CompletionOutput) -> Signals:
+    """A whole answer's signals, with those of a second one: of all of it and of its first tokens."""
+    early = disputed(beginning(first), beginning(second))
+    return dataclasses.replace(signals, disputed=disputed(first, second), disputed_early=early)
+
+
 def _at_most(token: int, choices: Mapping[int, Any]) -> float:
     """Log-probability of a token, or what it can't exceed where it is not listed."""
     if token in choices:
@@ -62,4 +79,4 @@ def _at_most(token: int, choices: Mapping[int, Any]) -> float:
     return min(*listed, rest)
 
 
-__all__ = ["disputed", "second_options"]
+__all__ = ["BEGINNING", "beginning", "disputed", "second_options", "with_second"]

@@ -1,6 +1,7 @@
 """A risky answer is computed in full before anything of it is shown, or marked; on the scripted engine."""
 
 import asyncio
+import contextlib
 
 import pytest
 
@@ -12,6 +13,7 @@ from kvblend_rag.conversation.sampling import Sampling
 from kvblend_rag.errors import ConfigError
 from kvblend_rag.llm import LLM
 from kvblend_rag.report import BlendReport
+from kvblend_rag.second_opinion import BEGINNING
 from kvblend_rag.testing import fake_kvblend
 from kvblend_rag.testing.script import FakeParams
 
@@ -20,8 +22,11 @@ PROMPT = f"{DOCUMENT} When does it leave?"
 # Doubt of the first token, and nothing else; −0.1 nats is a sure token, −2 nats an unsure one.
 DOUBT = Logistic(0.0, {"doubt": 8.0}, {"doubt": 0.5})
 MODEL = RiskModel(DOUBT, Logistic(0.0, {"weakest": 8.0}, {"weakest": 0.5}))
-# What a second opinion says, and nothing else.
+# What a second opinion says, and nothing else; of a stream, nothing.
 DISPUTE = RiskModel(DOUBT, Logistic(-4.0, {"disputed": 8.0}, {"disputed": 0.0}))
+# The same of its first tokens.
+EARLY = RiskModel(Logistic(-4.0, {"disputed_early": 8.0}, {"disputed_early": 0.0}), DISPUTE.answer)
+LONG = "Blended words of an answer that goes on and on for as long as anybody may care to listen to it."
 
 
 def answered(request):
@@ -32,8 +37,9 @@ def answered(request):
 def make(tmp_path):
     handles = []
 
-    def make(logprob, *, answers=answered, risk=MODEL, **config):
-        kv = fake_kvblend(answers, store_path=tmp_path, logprob=logprob, config={"max_risk": 0.5, **config})
+    def make(logprob, *, answers=answered, risk=MODEL, delay=0.0, **config):
+        settings = {"max_risk": 0.5, **config}
+        kv = fake_kvblend(answers, store_path=tmp_path, logprob=logprob, delay=delay, config=settings)
         info = kv.engine.info
         write_verdict(
             Verdict(
@@ -170,6 +176,80 @@ def test_who_waits_for_the_whole_answer_has_all_of_it_judged(make):
     assert [ratio for ratio, _ in ratios(kv)] == [None, 0.4, None]
 
 
+def at_length(second):
+    """An answer of many tokens, and another that a second opinion gives."""
+
+    def answers(request):
+        if request.options.get("blend") is False:
+            return "In full."
+        return second if request.options.get("ratio") == 0.4 else LONG
+
+    return answers
+
+
+def text_of(shown, kind):
+    return "".join(each.outputs[0].text for each in shown) if kind == "delta" else shown[-1].outputs[0].text
+
+
+@pytest.mark.parametrize("kind", ["cumulative", "delta"])
+def test_a_stream_goes_on_where_a_second_opinion_begins_as_it_does(make, kind):
+    kv = make(-0.1, answers=at_length(LONG[:60] + " but ends otherwise."), risk=EARLY, second_opinion=0.4)
+    shown = outputs(kv, kind=kind)
+    alone = outputs(kv, kind=kind, max_risk=1.0)
+    assert [each.outputs[0].text for each in shown] == [each.outputs[0].text for each in alone]
+    assert text_of(shown, kind) == LONG
+    assert shown[0].report.risk == pytest.approx(0.018, abs=1e-3)
+    (first, second), *_ = zip(kv.engine.requests, kv.engine.requests[1:], strict=False)
+    assert (first.options.get("ratio"), second.options.get("ratio")) == (None, 0.4)
+    assert (second.params.kind, second.params.settings.max_tokens) == ("final", BEGINNING)
+
+
+@pytest.mark.parametrize("kind", ["cumulative", "delta"])
+def test_nothing_is_shown_of_a_stream_whose_beginning_is_disputed(make, kind):
+    kv = make(
+        -0.1, answers=at_length("Blended but otherwise, and at some length besides."), risk=EARLY, second_opinion=0.4
+    )
+    shown = outputs(kv, kind=kind)
+    assert text_of(shown, kind) == "In full."
+    assert not any("Blended" in each.outputs[0].text for each in shown)
+    assert ratios(kv) == [(None, None), (0.4, None), (None, False)]
+    assert shown[-1].report.risk > 0.5
+
+
+@pytest.mark.parametrize("kind", ["cumulative", "delta"])
+@pytest.mark.parametrize(("second", "text"), [(answered, "Blended words here."), (of_two_minds, "In full.")])
+def test_a_stream_that_ends_before_is_judged_as_a_whole(make, kind, second, text):
+    kv = make(-0.1, answers=second, risk=EARLY, second_opinion=0.4)
+    shown = outputs(kv, kind=kind)
+    assert text_of(shown, kind) == text
+    assert (shown[-1].report.risk > 0.9) == (text == "In full.")
+    assert kv.engine.requests[1].params.kind == "final"
+    assert kv.engine.requests[1].params.settings.max_tokens == kv.engine.requests[0].params.settings.max_tokens
+
+
+def test_a_disputed_stream_may_be_marked_instead(make):
+    kv = make(-0.1, answers=at_length("Blended but otherwise, and at some length."), risk=EARLY, second_opinion=0.4)
+    shown = outputs(kv, kind="delta", on_risk="mark")
+    assert text_of(shown, "delta") == LONG
+    assert shown[0].report.risk > 0.5
+
+
+def test_leaving_a_stream_that_is_held_back_aborts_both(make):
+    kv = make(-0.1, answers=at_length(LONG), risk=EARLY, second_opinion=0.4, delay=0.02)
+
+    async def leave():
+        waiting = asyncio.ensure_future(anext(kv.stream(PROMPT, FakeParams(kind="delta"))))
+        while len(kv.engine.requests) < 2:
+            await asyncio.sleep(0.005)
+        waiting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await waiting
+        await asyncio.sleep(0.1)
+
+    kv.engine.run(leave())
+    assert len(kv.engine.aborted) == 2
+
+
 def test_a_second_opinion_may_mark_the_answer_instead(make):
     (shown,) = outputs(
         make(-0.01, answers=of_two_minds, risk=DISPUTE, second_opinion=0.4), kind="final", on_risk="mark"
@@ -181,7 +261,7 @@ def test_a_second_opinion_may_mark_the_answer_instead(make):
 @pytest.mark.parametrize(
     ("kind", "risk", "blend"),
     [
-        ("cumulative", DISPUTE, {}),  # its beginning is out by then
+        ("cumulative", DISPUTE, {}),  # of a stream it says nothing
         ("final", MODEL, {}),  # whatever it says, the risk is the same
         ("final", DISPUTE, {"second_opinion": 0.1}),  # less than the first
         ("final", DISPUTE, {"selector": "none"}),  # no budget at all

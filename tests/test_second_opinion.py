@@ -4,9 +4,10 @@ import math
 
 import pytest
 
+from kvblend_rag.calibration.risk import Signals
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.output import CompletionOutput
-from kvblend_rag.second_opinion import disputed, second_options
+from kvblend_rag.second_opinion import BEGINNING, beginning, disputed, second_options, with_second
 from kvblend_rag.testing.script import FakeLogprob
 
 
@@ -44,6 +45,18 @@ def test_without_log_probabilities_parting_alone_counts():
     bare = CompletionOutput(index=0, text="", token_ids=(1, 3))
     assert disputed(bare, SURE) == 0.0
     assert disputed(bare, answer((1, {1: 0.9}))) == 0.5
+
+
+def test_of_a_stream_the_first_tokens_are_compared():
+    """The last tokens of these differ, and no one before them."""
+    same = [(1, {1: 0.9, 2: 0.1})] * BEGINNING
+    longer, other = answer(*same, (3, {3: 0.8, 4: 0.1})), answer(*same, (4, {4: 0.6, 3: 0.4}))
+    assert beginning(longer).token_ids == (1,) * BEGINNING
+    assert len(beginning(longer).logprobs) == BEGINNING
+    signals = with_second(Signals(first_margin=1.0), longer, other)
+    assert signals == Signals(first_margin=1.0, disputed=pytest.approx(0.75), disputed_early=0.0)
+    assert beginning(SURE) == SURE
+    assert beginning(CompletionOutput(index=0, text="", token_ids=(1,) * 99)).logprobs is None
 
 
 def test_the_second_request_differs_in_its_budget_alone():

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from kvblend_rag.calibration.risk import DEFAULT_RISK, EARLY, Signals
+from kvblend_rag.calibration.risk import DEFAULT_RISK, EARLY, WHOLE, Signals
 from kvblend_rag.quality.fit import auc, caught, fit_risk
 
 FALSE_ALARMS = (0.05, 0.1, 0.2, 0.3)
 
-OPTIONAL = {"moved": "moved_mass", "disputed": "disputed"}
+OPTIONAL = {"moved": "moved_mass", "disputed": "disputed", "disputed_early": "disputed_early"}
 """Signals that not every evaluation has, by feature."""
 
 
@@ -32,6 +32,7 @@ def signals(row: dict[str, float]) -> Signals:
         uncovered_mass=row.get("uncovered"),
         moved_mass=row.get("moved"),
         disputed=row.get("disputed"),
+        disputed_early=row.get("disputed_early"),
         first_margin=-math.log(doubt),
         lowest_logprob=math.log1p(-weakest),
     )
@@ -78,9 +79,11 @@ def held_out(samples: list[dict[str, Any]], arm: str) -> dict[str, Any]:
             note("answer", place, model.risk(known[place]))
             note("first", place, model.risk(before_the_first_token(known[place])))
             note("default", place, DEFAULT_RISK.risk(known[place]))
+            note("default_first", place, DEFAULT_RISK.risk(before_the_first_token(known[place])))
             for each in optional:
                 less = without(known[place], each)
-                note(f"answer_un{each}", place, fewer[each].risk(less))
+                if each in WHOLE:
+                    note(f"answer_un{each}", place, fewer[each].risk(less))
                 if each in EARLY:
                     note(f"first_un{each}", place, fewer[each].risk(before_the_first_token(less)))
                 note(each, place, known[place].features()[each])

@@ -13,11 +13,11 @@ from typing import Any
 
 from kvblend_rag.report import BlendReport
 
-EARLY = ("uncovered", "doubt", "moved")
-"""The signals that are known before the first token is shown, as ``Signals.features`` names them."""
+EARLY = ("uncovered", "doubt", "moved", "disputed_early")
+"""The signals of a stream, before its first token is shown, as ``Signals.features`` names them."""
 
-NAMES = (*EARLY, "weakest", "disputed")
-"""All of them; the others need the whole answer."""
+WHOLE = ("uncovered", "doubt", "moved", "weakest", "disputed")
+"""Those of a whole answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class Signals:
     """The lowest log-probability of a token of the answer, in nats; None before the answer is there."""
     disputed: float | None = None
     """How far a second answer, with more recomputed, disputes this one, 0 to 1 (``second_opinion``)."""
+    disputed_early: float | None = None
+    """The same of their first tokens alone, 0 to 1."""
 
     @classmethod
     def before_the_answer(cls, report: BlendReport) -> Signals:
@@ -44,7 +46,8 @@ class Signals:
         """The known signals, each 0 (no risk) to 1.
 
         ``uncovered`` and ``moved``, the masses; ``doubt``, the second first token's probability as a share of the
-        first's; ``weakest``, one less the least probable answer token's probability; ``disputed``, as it is.
+        first's; ``weakest``, one less the least probable answer token's probability; ``disputed`` and
+        ``disputed_early``, as they are.
         """
         known = {}
         if self.uncovered_mass is not None:
@@ -57,6 +60,8 @@ class Signals:
             known["weakest"] = -math.expm1(min(self.lowest_logprob, 0.0))
         if self.disputed is not None:
             known["disputed"] = self.disputed
+        if self.disputed_early is not None:
+            known["disputed_early"] = self.disputed_early
         return known
 
 
@@ -134,14 +139,14 @@ def _plain(logistic: Logistic) -> dict[str, Any]:
     }
 
 
-_TYPICAL = {"uncovered": 0.5, "doubt": 0.2, "weakest": 0.5, "disputed": 0.3}
+_TYPICAL = {"uncovered": 0.5, "doubt": 0.2, "weakest": 0.5, "disputed": 0.3, "disputed_early": 0.3}
 
 DEFAULT_RISK = RiskModel(
-    first=Logistic(-1.0, {"uncovered": 1.0, "doubt": 2.0}, _TYPICAL),
+    first=Logistic(-1.0, {"uncovered": 1.0, "doubt": 2.0, "disputed_early": 3.0}, _TYPICAL),
     answer=Logistic(-1.0, {"uncovered": 1.0, "doubt": 1.0, "weakest": 3.0, "disputed": 3.0}, _TYPICAL),
     calibrated=False,
 )
 """Ranks requests; its numbers are no probabilities until ``kvblend calibrate`` has fitted them."""
 
 
-__all__ = ["DEFAULT_RISK", "EARLY", "NAMES", "Logistic", "RiskModel", "Signals", "margin", "signals_of"]
+__all__ = ["DEFAULT_RISK", "EARLY", "WHOLE", "Logistic", "RiskModel", "Signals", "margin", "signals_of"]

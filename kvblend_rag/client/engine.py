@@ -18,7 +18,7 @@ from kvblend_rag.client.turn import ServedParams, ServedTurn, request_body
 from kvblend_rag.conversation.sampling import Sampling
 from kvblend_rag.conversation.template import ESCAPED
 from kvblend_rag.conversation.turn import ChatRequest, Turn
-from kvblend_rag.engine import Engine, EngineInfo, Prompt
+from kvblend_rag.engine import Engine, EngineInfo, Prompt, Watched
 from kvblend_rag.errors import ConfigError, KVBlendError
 from kvblend_rag.loop import LoopThread
 from kvblend_rag.output import RequestOutput
@@ -97,7 +97,7 @@ class HTTPEngine(Engine):
         """See :meth:`Engine.one_token`."""
         return self.sampling(Sampling(max_tokens=1, temperature=0.0))
 
-    def watched(self, sampling_params: Any, *, whole: bool = False) -> tuple[Any, int | None]:
+    def watched(self, sampling_params: Any, *, whole: bool = False, most: int | None = None) -> Watched:
         """See :meth:`Engine.watched`; what a server has sent can't be held back from here."""
         raise ConfigError("max_risk is judged beside the engine, and this one is a server: leave max_risk at 1.")
 

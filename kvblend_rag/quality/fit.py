@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from kvblend_rag.calibration.risk import DEFAULT_RISK, EARLY, NAMES, Logistic, RiskModel, Signals
+from kvblend_rag.calibration.risk import DEFAULT_RISK, EARLY, WHOLE, Logistic, RiskModel, Signals
 
 _LEAST_OF_A_KIND = 8
 """Answers that differ, and that do not: with fewer, a fit would follow chance."""
@@ -28,14 +28,15 @@ def fit_risk(signals: Sequence[Signals], differs: Sequence[bool]) -> RiskModel:
     if min(labels.sum(), len(labels) - labels.sum()) < _LEAST_OF_A_KIND:
         return DEFAULT_RISK
     known = [each.features() for each in signals]
-    typical = {name: float(np.mean([each[name] for each in known if name in each] or [0.5])) for name in NAMES}
-    columns = np.array([[each.get(name, typical[name]) - typical[name] for name in NAMES] for each in known])
-    return RiskModel(_logistic(columns, labels, typical, len(EARLY)), _logistic(columns, labels, typical, len(NAMES)))
+    return RiskModel(_logistic(known, labels, EARLY), _logistic(known, labels, WHOLE))
 
 
-def _logistic(columns: Values, labels: Values, typical: dict[str, float], count: int) -> Logistic:
-    """Of the first ``count`` features; Newton's method, the intercept not shrunk."""
-    design = np.column_stack([np.ones(len(labels)), columns[:, :count]])
+def _logistic(known: Sequence[Mapping[str, float]], labels: Values, names: Sequence[str]) -> Logistic:
+    """Of these features; Newton's method, the intercept not shrunk."""
+    count = len(names)
+    typical = {name: float(np.mean([each[name] for each in known if name in each] or [0.5])) for name in names}
+    columns = np.array([[each.get(name, typical[name]) - typical[name] for name in names] for each in known])
+    design = np.column_stack([np.ones(len(labels)), columns])
     ridge = np.diag([0.0, *[_RIDGE] * count])
     weights = np.zeros(count + 1)
     for _ in range(_STEPS):
@@ -46,9 +47,7 @@ def _logistic(columns: Values, labels: Values, typical: dict[str, float], count:
         weights += step
         if np.abs(step).max() < 1e-9:
             break
-    names = NAMES[:count]
-    own = dict(zip(names, map(float, weights[1:]), strict=True))
-    return Logistic(float(weights[0]), own, {name: typical[name] for name in names})
+    return Logistic(float(weights[0]), dict(zip(names, map(float, weights[1:]), strict=True)), typical)
 
 
 def auc(risks: Sequence[float], differs: Sequence[bool]) -> float:

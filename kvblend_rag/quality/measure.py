@@ -20,7 +20,7 @@ from kvblend_rag.quality.measurement import Cell, Deviation, Identity, Measureme
 from kvblend_rag.quality.observe import Asked, Observation, Observations, observe
 from kvblend_rag.quality.questions import Question
 from kvblend_rag.quality.score import Sample, score
-from kvblend_rag.second_opinion import disputed
+from kvblend_rag.second_opinion import with_second
 from kvblend_rag.selectors import get_selector
 from kvblend_rag.selectors.base import Evidence
 
@@ -236,7 +236,7 @@ def _judged(
             if own.report.blended and own.signals.uncovered_mass is not None:
                 signals = own.signals
                 if other is not None and own.completion is not None and other.completion is not None:
-                    signals = dataclasses.replace(signals, disputed=disputed(own.completion, other.completion))
+                    signals = with_second(signals, own.completion, other.completion)
                 rows.append(Judged(signals, not score(question, own, plain).same))
     return rows
 

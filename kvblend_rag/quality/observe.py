@@ -8,7 +8,6 @@ one before.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from kvblend_rag.quality.forcing import distributions, forcing
 from kvblend_rag.quality.metrics import Distribution
 from kvblend_rag.quality.questions import Question
 from kvblend_rag.report import BlendReport
-from kvblend_rag.second_opinion import disputed, second_options
+from kvblend_rag.second_opinion import second_options, with_second
 
 GOLD_TOKENS = 48
 """A longer gold answer is measured up to here."""
@@ -140,14 +139,11 @@ def _batch(kvblend: KVBlend, asked: Sequence[Asked], arm: Arm, bar: tqdm[Any]) -
     options = {"tenant": kvblend.config.tenant, **arm.options}
     greedy = engine.sampling(Sampling(temperature=0.0, max_tokens=ANSWER_TOKENS, logprobs=True, top_logprobs=2))
     answers = _all(engine, [_answer(kvblend, each.prompt, greedy, arm.options) for each in asked], bar)
-    disputes: list[float | None] = [None] * len(asked)
+    seconds: list[CompletionOutput | None] = [None] * len(asked)
     second = _second(kvblend, arm)
     if second is not None:
         again = _all(engine, [engine.generate(each.prompt, greedy, options=second) for each in asked], bar)
-        disputes = [
-            disputed(answer.outputs[0], other.outputs[0]) if answer.report.blended else None
-            for answer, other in zip(answers, again, strict=True)
-        ]
+        seconds = [each.outputs[0] for each in again]
     # What was answered by a full prefill for its answer's sake (`max_risk`) is measured as one.
     ways = [options if answer.report.blended else {**options, "blend": False} for answer in answers]
     forced = _all(
@@ -159,11 +155,12 @@ def _batch(kvblend: KVBlend, asked: Sequence[Asked], arm: Arm, bar: tqdm[Any]) -
         bar,
     )
     observations = []
-    for each, answer, likely, dispute in zip(asked, answers, forced, disputes, strict=True):
+    for each, answer, likely, other in zip(asked, answers, forced, seconds, strict=True):
         logprobs, steps = distributions(likely, each.gold)
         own = answer.outputs[0]
-        known = dataclasses.replace(Signals.before_the_answer(answer.report), disputed=dispute)
-        signals = signals_of(own.token_ids, own.logprobs, known)
+        signals = signals_of(own.token_ids, own.logprobs, Signals.before_the_answer(answer.report))
+        if other is not None and answer.report.blended:
+            signals = with_second(signals, own, other)
         observations.append(Observation(own.text.strip(), tuple(logprobs), tuple(steps), answer.report, signals, own))
     return observations
 

@@ -38,6 +38,7 @@ class Sample:
     moved: float = math.nan
     weakest: float = math.nan
     disputed: float = math.nan
+    disputed_early: float = math.nan
 
 
 def score(question: Question, observed: Observation, plain: Observation) -> Sample:

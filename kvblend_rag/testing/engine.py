@@ -15,7 +15,7 @@ from kvblend_rag.config import BlendConfig
 from kvblend_rag.conversation import dialect
 from kvblend_rag.conversation.sampling import Sampling
 from kvblend_rag.conversation.turn import ChatRequest, Turn
-from kvblend_rag.engine import Engine, EngineInfo, Prompt
+from kvblend_rag.engine import Engine, EngineInfo, Prompt, Watched
 from kvblend_rag.errors import ConfigError, EngineUnavailable, PromptTooLong
 from kvblend_rag.ingest import STORING
 from kvblend_rag.kvblend import KVBlend
@@ -141,13 +141,16 @@ class FakeEngine(Engine):
         """See :meth:`Engine.one_token`."""
         return FakeParams(settings=Sampling(max_tokens=1), kind="final")
 
-    def watched(self, sampling_params: FakeParams | None, *, whole: bool = False) -> tuple[FakeParams, int | None]:
+    def watched(self, sampling_params: FakeParams | None, *, whole: bool = False, most: int | None = None) -> Watched:
         """See :meth:`Engine.watched`."""
         params = sampling_params or FakeParams()
         settings = params.settings
         wanted = dataclasses.replace(settings, logprobs=True, top_logprobs=max(settings.top_logprobs, 2))
-        asked = settings.top_logprobs if settings.logprobs or settings.top_logprobs else None
-        return dataclasses.replace(params, settings=wanted, kind="final" if whole else params.kind), asked
+        if most is not None:
+            wanted = dataclasses.replace(wanted, max_tokens=min(settings.max_tokens or most, most))
+        keep = settings.top_logprobs if settings.logprobs or settings.top_logprobs else None
+        own = dataclasses.replace(params, settings=wanted, kind="final" if whole else params.kind)
+        return Watched(sampling_params=own, keep=keep, in_parts=own.kind == "delta")
 
     def generate(
         self,

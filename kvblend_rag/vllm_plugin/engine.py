@@ -24,7 +24,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.conversation.sampling import Sampling
 from kvblend_rag.conversation.turn import ChatRequest, Turn
-from kvblend_rag.engine import Engine, EngineInfo, Prompt
+from kvblend_rag.engine import Engine, EngineInfo, Prompt, Watched
 from kvblend_rag.errors import ConfigError, EngineUnavailable, KVBlendError, PromptTooLong
 from kvblend_rag.loop import LoopThread
 from kvblend_rag.output import CompletionOutput, RequestMetrics, RequestOutput
@@ -161,19 +161,22 @@ class VLLMEngine(Engine):
         return SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
 
     def watched(
-        self, sampling_params: SamplingParams | None, *, whole: bool = False
-    ) -> tuple[SamplingParams, int | None]:
+        self, sampling_params: SamplingParams | None, *, whole: bool = False, most: int | None = None
+    ) -> Watched:
         """See :meth:`Engine.watched`."""
         params = self._own(sampling_params)
         if whole:
             params.output_kind = RequestOutputKind.FINAL_ONLY
-        asked = params.logprobs
-        if asked is None or 0 <= asked < 2:  # −1 asks for all
+        if most is not None:
+            params.max_tokens = min(params.max_tokens or most, most)
+            params.min_tokens = min(params.min_tokens, params.max_tokens)
+        keep = params.logprobs
+        if keep is None or 0 <= keep < 2:  # −1 asks for all
             params.logprobs = 2
-        return (
-            params,
-            None if asked is None else asked if asked >= 0 else self._llm.vllm_config.model_config.get_vocab_size(),
-        )
+        if keep is not None and keep < 0:
+            keep = self._llm.vllm_config.model_config.get_vocab_size()
+        in_parts = params.output_kind == RequestOutputKind.DELTA
+        return Watched(sampling_params=params, keep=keep, in_parts=in_parts)
 
     def generate(
         self,

@@ -3,16 +3,24 @@ import math
 
 import pytest
 
-from kvblend_rag.calibration.risk import DEFAULT_RISK, NAMES, Logistic, RiskModel, Signals
+from kvblend_rag.calibration.risk import DEFAULT_RISK, EARLY, WHOLE, Logistic, RiskModel, Signals
 
 
 def test_features_grow_with_risk():
-    sure = Signals(uncovered_mass=0.0, moved_mass=0.0, first_margin=20.0, lowest_logprob=0.0, disputed=0.0).features()
-    unsure = Signals(
-        uncovered_mass=1.0, moved_mass=1.0, first_margin=0.0, lowest_logprob=-20.0, disputed=1.0
-    ).features()
-    assert set(sure) == set(unsure) == set(NAMES)
-    assert all(sure[name] < 1e-6 and unsure[name] > 1 - 1e-6 for name in NAMES)
+    names = {*EARLY, *WHOLE}
+    sure, unsure = (
+        Signals(
+            uncovered_mass=each,
+            moved_mass=each,
+            first_margin=20.0 * (1 - each),
+            lowest_logprob=-20.0 * each,
+            disputed=each,
+            disputed_early=each,
+        ).features()
+        for each in (0.0, 1.0)
+    )
+    assert set(sure) == set(unsure) == names
+    assert all(sure[name] < 1e-6 and unsure[name] > 1 - 1e-6 for name in names)
     assert Signals(first_margin=math.log(2)).features() == pytest.approx({"doubt": 0.5})
 
 
@@ -28,6 +36,8 @@ def test_the_default_says_so_and_is_monotonous():
     for low, high in itertools.pairwise([0.0, 0.5, 1.0]):
         assert DEFAULT_RISK.risk(Signals(uncovered_mass=low)) < DEFAULT_RISK.risk(Signals(uncovered_mass=high))
         below, above = (Signals(first_margin=1.0, lowest_logprob=-each) for each in (low, high))
+        assert DEFAULT_RISK.risk(below) < DEFAULT_RISK.risk(above)
+        below, above = (Signals(disputed_early=each) for each in (low, high))
         assert DEFAULT_RISK.risk(below) < DEFAULT_RISK.risk(above)
 
 

@@ -9,7 +9,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from kvblend_rag.calibration.risk import DEFAULT_RISK
-from kvblend_rag.second_opinion import disputed
+from kvblend_rag.second_opinion import BEGINNING, beginning, disputed
 
 TOLERANCE = 1e-4
 
@@ -70,6 +70,38 @@ def test_a_second_opinion_is_what_the_larger_budget_answers(rig, prompt):
     assert found == pytest.approx(disputed(*alone), abs=1e-3)
     assert answer.token_ids == first.token_ids
     assert ("is above max_risk" in (answer.report.reason or "")) == (found > typical)
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE])
+def test_a_second_opinion_on_a_stream_is_how_the_larger_budget_begins(rig, prompt, kind):
+    options = {"selector": "question", "ratio": 0.1}
+    length = BEGINNING + 8
+    alone = []
+    for ratio, tokens in ((0.1, length), (0.6, BEGINNING)):
+        asked = SamplingParams(max_tokens=tokens, temperature=0.0, logprobs=2, ignore_eos=True)
+        rig.reset()
+        (output,) = rig.llm.generate([prompt.tolist()], asked, blend={**options, "ratio": ratio})
+        alone.append(output.outputs[0])
+
+    def streamed(**guarded):
+        params = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True, output_kind=kind)
+
+        async def gathered():
+            stream = rig.llm.kvblend.stream(prompt.tolist(), params, blend={**options, **guarded})
+            return [each async for each in stream]
+
+        rig.reset()
+        return rig.llm.kvblend.engine.run(gathered())
+
+    risk = streamed(max_risk=0.999, second_opinion=0)[0].report.risk
+    rest = np.log(risk / (1 - risk))
+    shown = streamed(max_risk=risk, on_risk="mark", second_opinion=0.6)
+    weight, typical = DEFAULT_RISK.first.weights["disputed_early"], DEFAULT_RISK.first.typical["disputed_early"]
+    found = (np.log(shown[0].report.risk / (1 - shown[0].report.risk)) - rest) / weight + typical
+    assert found == pytest.approx(disputed(beginning(alone[0]), alone[1]), abs=1e-3)
+    parts = [each.outputs[0].token_ids for each in shown]
+    tokens = sum(parts, ()) if kind == RequestOutputKind.DELTA else parts[-1]
+    assert tokens == alone[0].token_ids
 
 
 def moved(rig, prompt, **options):

@@ -39,7 +39,7 @@ def test_the_fit_finds_what_tells_and_is_calibrated_on_other_data():
 
 def test_before_the_first_token_the_rest_is_left_out():
     model = fit_risk(*drawn(200, 0))
-    assert set(model.first.weights) == {"uncovered", "doubt", "moved"}
+    assert set(model.first.weights) == {"uncovered", "doubt", "moved", "disputed_early"}
     assert 0 < model.risk(Signals(uncovered_mass=0.5, first_margin=1.0)) < 1
 
 
@@ -51,6 +51,19 @@ def test_what_recomputing_moved_is_learned_from_where_it_is_known():
     assert fit_risk(telling, differs).first.weights["moved"] > 3
     unknown = fit_risk([dataclasses.replace(each, moved_mass=None) for each in signals], differs)
     assert unknown.first.weights["moved"] == unknown.answer.weights["moved"] == 0
+
+
+def test_a_dispute_of_the_first_tokens_tells_of_streams_and_of_all_of_them_of_answers():
+    signals, differs = drawn(400, 0)
+    told = [0.2 + 0.6 * own for own in differs]
+    early = fit_risk(
+        [dataclasses.replace(each, disputed_early=own) for each, own in zip(signals, told, strict=True)], differs
+    )
+    assert early.first.weights["disputed_early"] > 3
+    assert "disputed_early" not in early.answer.weights
+    late = fit_risk([dataclasses.replace(each, disputed=own) for each, own in zip(signals, told, strict=True)], differs)
+    assert late.answer.weights["disputed"] > 3
+    assert late.first.weights["disputed_early"] == 0
 
 
 @pytest.mark.parametrize("differ", [0, 3, 97, 100])

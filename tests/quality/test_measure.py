@@ -69,6 +69,7 @@ def test_a_larger_budget_is_the_second_opinion_of_a_smaller_one():
     rows = module._judged(ways, BlendConfig(), [question], said)
     assert [each.differs for each in rows] == [True, True, False, True, True]
     assert [each.signals.disputed for each in rows] == [None, pytest.approx(0.875), None, None, None]
+    assert [each.signals.disputed_early for each in rows] == [None, pytest.approx(0.875), None, None, None]
 
 
 def test_as_many_again_are_asked_until_there_is_a_verdict(asking):

@@ -11,7 +11,7 @@ from kvblend_rag.quality.observe import observe, prepare
 from kvblend_rag.quality.prompt import renderer
 from kvblend_rag.quality.score import score_all
 from kvblend_rag.quality.two_chunk import two_chunk_questions
-from kvblend_rag.second_opinion import disputed
+from kvblend_rag.second_opinion import beginning, disputed
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,12 @@ def test_what_recomputing_moved_is_what_the_first_tokens_distributions_differ_by
 def test_a_second_opinion_is_the_answer_at_its_budget(observed):
     _, answers = observed
     pairs = zip(answers["question:0.3"], answers["question:0.6"], strict=True)
-    expected = [disputed(low.completion, high.completion) for low, high in pairs]
-    assert [each.signals.disputed for each in answers["question:0.3:second_opinion=0.6"]] == pytest.approx(expected)
+    completions = [(low.completion, high.completion) for low, high in pairs]
+    expected = [disputed(*pair) for pair in completions]
+    signals = [each.signals for each in answers["question:0.3:second_opinion=0.6"]]
+    assert [each.disputed for each in signals] == pytest.approx(expected)
+    early = [disputed(*map(beginning, pair)) for pair in completions]
+    assert [each.disputed_early for each in signals] == pytest.approx(early)
     assert all(each.signals.disputed is None for name in ("plain", "question:0.3") for each in answers[name])
     assert any(each > 1e-4 for each in expected)
 

@@ -125,7 +125,7 @@ def roc():
     return _tool("risk_roc")
 
 
-@pytest.mark.parametrize("telling", ["moved", "disputed", None])
+@pytest.mark.parametrize("telling", ["moved", "disputed", "disputed_early", None])
 def test_the_risk_is_tried_on_sets_that_it_was_not_fitted_to(roc, telling):
     """Answers differ where one signal says so; the others are the same for all."""
     samples = []
@@ -141,11 +141,17 @@ def test_the_risk_is_tried_on_sets_that_it_was_not_fitted_to(roc, telling):
     found = roc.held_out(samples, "question")
     assert list(found) == ["all", "a", "b"]
     aucs = {name: each["auc"] for name, each in found["all"].items()}
-    if telling == "moved":
-        unmoved = {"default": 0.5, "answer_unmoved": 0.5, "first_unmoved": 0.5}
-        assert aucs == {"answer": 1.0, "first": 1.0, **unmoved, "moved": 1.0}
-    elif telling == "disputed":
-        assert aucs == {"answer": 1.0, "first": 0.5, "default": 1.0, "answer_undisputed": 0.5, "disputed": 1.0}
-    else:
-        assert aucs == {"answer": 0.5, "first": 0.5, "default": 0.5}
+    nothing = {"answer": 0.5, "first": 0.5, "default": 0.5, "default_first": 0.5}
+    told = {
+        "moved": {"answer": 1.0, "first": 1.0, "answer_unmoved": 0.5, "first_unmoved": 0.5, "moved": 1.0},
+        "disputed": {"answer": 1.0, "default": 1.0, "answer_undisputed": 0.5, "disputed": 1.0},
+        "disputed_early": {
+            "first": 1.0,
+            "default_first": 1.0,
+            "first_undisputed_early": 0.5,
+            "disputed_early": 1.0,
+        },
+        None: {},
+    }
+    assert aucs == nothing | told[telling]
     assert (found["all"]["answer"]["questions"], found["all"]["answer"]["differ"]) == (60, 20)
