@@ -60,6 +60,8 @@ class Watched:
     """The argument of ``RequestOutput.with_logprobs`` that leaves what was asked for."""
     in_parts: bool
     """An output holds what is new since the last."""
+    count: int
+    """Answers of one prompt."""
 
 
 class Engine(ABC):

@@ -50,8 +50,8 @@ class Guard:
             whole: nobody looks before the end, so the whole answer is judged, whatever the parameters say.
             extra: passed on to the engine.
         """
-        second = second_options(options, own)
         watched = self._engine.watched(sampling_params, whole=whole)
+        second = second_options(options, own) if watched.count == 1 else None
         watch, judged, risk, risky = _Watch(watched.in_parts), False, None, None
         held: list[RequestOutput] = []
         blending = self._engine.generate(prompt, watched.sampling_params, options=dict(options), **extra)
@@ -62,8 +62,7 @@ class Guard:
                     if not held or output.finished:
                         blended, watch.known = await self._account(output)
                     signals = watch.signals(output.finished)
-                    in_doubt = second and blended and not judged and self._open(signals, own.max_risk)
-                    if in_doubt and len(output.outputs) == 1:
+                    if second and blended and not judged and self._open(signals, own.max_risk):
                         if not output.finished and len(watch.answer.token_ids) < BEGINNING:
                             held.append(output)
                             continue

@@ -274,6 +274,18 @@ def test_no_second_opinion_where_it_could_change_nothing(make, kind, risk, blend
     assert len(kv.engine.requests) == 1
 
 
+@pytest.mark.parametrize("kind", ["cumulative", "delta", "final"])
+def test_several_answers_of_a_prompt_have_no_second_opinion(make, kind):
+    """Of a stream, each part may be another's."""
+    kv = make(-0.1, risk=EARLY, second_opinion=0.4)
+
+    async def gathered():
+        return [each async for each in kv.stream(PROMPT, FakeParams(settings=Sampling(n=2), kind=kind))]
+
+    assert kv.engine.run(gathered())[-1].finished
+    assert len(kv.engine.requests) == 1
+
+
 def test_chat_is_guarded_too(make):
     kv = make(-2.0)
     talker = Chat(kv)

@@ -41,7 +41,7 @@ class EncodedKV:
         encoding: any but ``none``.
         dtype: of the cache that it is decoded for.
         shape: as decoded, (layers, 2, tokens, kv_heads, head_dim).
-        buffer: uint8, shape (``encoded_bytes``,), contiguous; not written to afterwards.
+        buffer: uint8, shape (layers * layer_nbytes,), contiguous; not written to afterwards.
 
     Raises:
         ValueError: no chunk has that shape, or its buffer is of other size.
@@ -104,10 +104,9 @@ class EncodedKV:
 
     def decode_layer(self, index: int, device: torch.device) -> torch.Tensor:
         """One layer's KV, brought to a device first, (2, tokens, kv_heads, head_dim)."""
-        layer = self.buffer[index * self.layer_nbytes : (index + 1) * self.layer_nbytes]
-        return EncodedKV(self.encoding, self.dtype, (1, *self.shape[1:]), layer.to(device, non_blocking=True)).decode()[
-            0
-        ]
+        part = self.buffer[index * self.layer_nbytes : (index + 1) * self.layer_nbytes]
+        layer = part.to(device, non_blocking=True)
+        return EncodedKV(self.encoding, self.dtype, (1, *self.shape[1:]), layer).decode()[0]
 
 
 KV: TypeAlias = torch.Tensor | EncodedKV

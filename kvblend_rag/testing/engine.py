@@ -150,7 +150,7 @@ class FakeEngine(Engine):
             wanted = dataclasses.replace(wanted, max_tokens=min(settings.max_tokens or most, most))
         keep = settings.top_logprobs if settings.logprobs or settings.top_logprobs else None
         own = dataclasses.replace(params, settings=wanted, kind="final" if whole else params.kind)
-        return Watched(sampling_params=own, keep=keep, in_parts=own.kind == "delta")
+        return Watched(sampling_params=own, keep=keep, in_parts=own.kind == "delta", count=settings.n)
 
     def generate(
         self,

@@ -176,7 +176,7 @@ class VLLMEngine(Engine):
         if keep is not None and keep < 0:
             keep = self._llm.vllm_config.model_config.get_vocab_size()
         in_parts = params.output_kind == RequestOutputKind.DELTA
-        return Watched(sampling_params=params, keep=keep, in_parts=in_parts)
+        return Watched(sampling_params=params, keep=keep, in_parts=in_parts, count=params.n)
 
     def generate(
         self,
