@@ -55,7 +55,7 @@ def copy_rows(target, target_pitch, source, source_pitch, width, height, kind, s
     return 0
 
 host_copies.ops = SimpleNamespace(swap_blocks_batch=copy)
-host_copies._runtime = lambda: SimpleNamespace(cudaMemcpy2DAsync=copy_rows)
+host_copies.cuda_runtime = stream_loader.cuda_runtime = lambda: SimpleNamespace(cudaMemcpy2DAsync=copy_rows)
 host_copies._LARGE = int(sys.argv[3])
 
 generator = torch.Generator().manual_seed(0)
@@ -155,3 +155,13 @@ def test_encoded_chunks_arrive_decoded(name):
 
 def test_small_pieces_are_in_no_batch():
     assert arrive([1 << 20, 3_000], MIXES["all"], large=1 << 20) == [[], []]
+
+
+def test_without_a_runtime_to_copy_by_the_reason_is_said(monkeypatch):
+    from kvblend_rag.errors import ConfigError
+    from kvblend_rag.vllm_plugin.worker import host_copies
+
+    monkeypatch.setattr(host_copies, "find_loaded_library", lambda name: None)
+    host_copies.cuda_runtime.cache_clear()
+    with pytest.raises(ConfigError, match="libcudart"):
+        host_copies.cuda_runtime()

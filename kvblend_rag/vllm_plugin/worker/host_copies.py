@@ -16,6 +16,8 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.utils.system_utils import find_loaded_library
 
+from kvblend_rag.errors import ConfigError
+
 _LARGE = 1 << 16
 """Bytes from which pieces go in batches; twice what was seen to do no harm."""
 
@@ -72,18 +74,25 @@ class Batch:
             stream = torch.cuda.current_stream().cuda_stream
             for piece in self._small:
                 at, source, step = target + piece.offset, piece.source + layers.start * piece.step, piece.step
-                error = _runtime().cudaMemcpy2DAsync(at, self.nbytes, source, step, step, count, _TO_DEVICE, stream)
+                error = cuda_runtime().cudaMemcpy2DAsync(at, self.nbytes, source, step, step, count, _TO_DEVICE, stream)
                 if error:
                     raise RuntimeError(f"a copy of {count} × {step} bytes to the GPU ended with CUDA's error {error}")
 
 
 @functools.cache
-def _runtime() -> ctypes.CDLL:
-    """The CUDA runtime that PyTorch runs on."""
-    library = ctypes.CDLL(find_loaded_library("libcudart"))
+def cuda_runtime() -> ctypes.CDLL:
+    """The CUDA runtime that PyTorch runs on.
+
+    Raises:
+        ConfigError: there is none that can be called.
+    """
+    found = find_loaded_library("libcudart")
+    if found is None:
+        raise ConfigError("PyTorch holds the CUDA runtime in itself, and copies need libcudart: install its own wheels")
+    library = ctypes.CDLL(found)
     address, size = ctypes.c_void_p, ctypes.c_size_t
     library.cudaMemcpy2DAsync.argtypes = [address, size, address, size, size, size, ctypes.c_int, address]
     return library
 
 
-__all__ = ["Batch", "Piece"]
+__all__ = ["Batch", "Piece", "cuda_runtime"]

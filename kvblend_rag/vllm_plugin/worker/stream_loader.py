@@ -19,7 +19,7 @@ from kvblend_rag.kernels.decode_scatter import decode_scatter
 from kvblend_rag.kernels.paged_caches import launches
 from kvblend_rag.kernels.rotate_scatter import rotate_scatter
 from kvblend_rag.store.encoded import KV
-from kvblend_rag.vllm_plugin.worker.host_copies import Batch
+from kvblend_rag.vllm_plugin.worker.host_copies import Batch, cuda_runtime
 from kvblend_rag.vllm_plugin.worker.loader import Chunks, Loader, Turn, Turns, turning
 from kvblend_rag.vllm_plugin.worker.paged_kv import PagedKV
 from kvblend_rag.vllm_plugin.worker.staging import Group, lay_out
@@ -76,6 +76,7 @@ class StreamLoader(Loader):
 
     def __init__(self, paged: PagedKV) -> None:
         assert paged.caches is not None
+        cuda_runtime()  # what it lacks is to be told before the first request
         self._paged, self._caches = paged, paged.caches
         self._index = {layer.name: index for index, layer in enumerate(paged.layers)}
         self._copies = torch.cuda.Stream()
