@@ -147,14 +147,11 @@ def test_every_token_arrives_rotated():
     assert arrive(list(COPIES), [("none", False)] * 3) == list(COPIES.values())
 
 
-@pytest.mark.parametrize("name", MIXES)
-def test_encoded_chunks_arrive_decoded(name):
-    copies = arrive([1 << 20, 3_000], MIXES[name], large=500)
-    assert all(map(bool, copies)) == (name != "hot")
-
-
-def test_small_pieces_are_in_no_batch():
-    assert arrive([1 << 20, 3_000], MIXES["all"], large=1 << 20) == [[], []]
+@pytest.mark.parametrize(("name", "large"), [("all", 2_500), ("hot", 2_500), ("hot beside", 1 << 20)])
+def test_encoded_chunks_arrive_decoded(name, large):
+    """What is copied in no batch too: all small pieces, and so all of the last."""
+    copies = arrive([1 << 20, 3_000], MIXES[name], large)
+    assert all(map(bool, copies)) == (name == "all")
 
 
 def test_without_a_runtime_to_copy_by_the_reason_is_said(monkeypatch):
