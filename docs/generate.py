@@ -843,27 +843,6 @@ def calibrations() -> str:
     return table(["result", "model", "questions", "ingest context", "verdict"], rows)
 
 
-_RISKS = {
-    "answer": "fitted, whole answer",
-    "first": "fitted, before the first token",
-    "default": "default, whole answer",
-    "answer_unmoved": "fitted, whole answer, without what recomputing moved",
-    "first_unmoved": "fitted, before the first token, without what recomputing moved",
-    "moved": "what recomputing moved, alone",
-    "answer_undisputed": "fitted, whole answer, without a second opinion",
-    "disputed": "a second opinion, alone",
-    "default_first": "default, before the first token",
-    "first_undisputed_early": "fitted, before the first token, without a second opinion",
-    "disputed_early": "a second opinion on the first eight tokens, alone",
-}
-
-
-_WITH_SECOND = ("answer", "default", "answer_undisputed", "disputed")
-"""What is told of a result with second opinions: the rest is in those without."""
-_WITH_SECOND_EARLY = (*_WITH_SECOND, "first", "default_first", "first_undisputed_early", "disputed_early")
-"""The same where they are known of the first tokens too."""
-
-
 def risk() -> str:
     """How well the risk tells which answers differ, as `tools/risk_roc.py` found it out."""
     rows = []
@@ -871,23 +850,31 @@ def risk() -> str:
         if "held_out" not in result:
             continue
         figures = result["held_out"]["all"]
-        model, every = result["engine"]["model"], figures["default"]
+        every = figures["default"]
+        who = f"{result['engine']['model']} ({every['differ']} of {every['questions']} answers differed)"
         second = result["arm"].partition("second_opinion=")[2]
-        told = _WITH_SECOND_EARLY if "disputed_early" in figures else _WITH_SECOND
-        rows += [
-            [
-                f"{model} ({every['differ']} of {every['questions']} answers differed)",
-                f"{float(second):.0%}" if second else "none",
-                what,
-                f"{figures[kind]['auc']:.2f}",
-                *(f"{figures[kind]['caught'][f'{rate} false alarms']:.0%}" for rate in ("10%", "30%")),
-            ]
-            for kind, what in _RISKS.items()
-            if kind in figures and (not second or kind in told)
-        ]
-    head = ["model", "second opinion", "risk", "area under the ROC curve"]
-    head += ["differing answers caught at 10 % false alarms", "at 30 %"]
-    return table(head, rows)
+        # Without its first tokens a second opinion says nothing of streams, and rows without one are there already.
+        streams = ("first", "default_first") if not second or "disputed_early" in figures else ()
+        rows.append([who, f"{float(second):.0%}" if second else "none", *_judged(figures, "answer", "default")])
+        rows[-1] += _judged(figures, *streams)
+        if second:
+            rows.append([who, f"{float(second):.0%}, left out", *_judged(figures, "answer_undisputed")])
+            rows[-1] += _judged(figures, *(["first_undisputed_early"] if streams else []))
+    caught = ["caught at 10 % false alarms", "at 30 %"]
+    head = ["model", "second opinion", "whole answer: area under the ROC curve", *caught]
+    return table([*head, "a stream: area under the ROC curve", *caught], rows)
+
+
+def _judged(figures: dict[str, Any], *kinds: str) -> list[str]:
+    """The figures of a risk, and in brackets those of another, as far as there are any."""
+    found = [figures[kind] for kind in kinds if kind in figures]
+    values = [(row["auc"], row["caught"]["10% false alarms"], row["caught"]["30% false alarms"]) for row in found]
+    if not values:
+        return [""] * 3
+    told = []
+    for form, fitted, *default in zip(("{:.2f}", "{:.0%}", "{:.0%}"), *values, strict=True):
+        told.append(form.format(fitted) + "".join(f" ({form.format(each)})" for each in default))
+    return told
 
 
 BLOCKS = {
