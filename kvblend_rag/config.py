@@ -35,6 +35,7 @@ _REQUEST_OPTIONS = {
     "max_risk": "max_risk",
     "on_risk": "on_risk",
     "second_opinion": "second_opinion",
+    "second_opinion_streams": "second_opinion_streams",
     "planner": "planner",
     "tenant": "tenant",
 }
@@ -127,9 +128,10 @@ class BlendConfig:
     shown; ``mark`` shows it, with a reason in its report."""
 
     second_opinion: float = 0.5
-    """With ``max_risk`` below 1 an answer, or the beginning of one that is streamed, is asked for once more with this
-    share recomputed, 0 to 1, if that can turn the judgement; how far it disputes the first is a signal. 0: no second
-    one."""
+    """With ``max_risk`` below 1, where the whole answer is waited for: it is asked for once more with this share
+    recomputed, 0 to 1, if that can turn the judgement; how far it disputes the first is a signal. 0: no second one."""
+    second_opinion_streams: bool = False
+    """A streamed answer has one too: its first eight tokens are held back until as many of the second are there."""
 
     planner: bool = True
     """Load a chunk only where that is faster than computing its tokens, as measured on this machine, and blend only
@@ -199,8 +201,8 @@ class BlendConfig:
         Args:
             options: ``blend`` (false: an ordinary prefill), ``exact`` (true: everything is recomputed, as with
                 ``selector: everything``), ``selector``, ``ratio``, ``span``, ``layers``, ``coverage``,
-                ``full_prefill_share``, ``carry``, ``max_risk``, ``on_risk``, ``second_opinion``, ``planner``,
-                ``tenant``.
+                ``full_prefill_share``, ``carry``, ``max_risk``, ``on_risk``, ``second_opinion``,
+                ``second_opinion_streams``, ``planner``, ``tenant``.
 
         Raises:
             ConfigError: an unknown option, or a value that can't be used.

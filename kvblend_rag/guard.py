@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from kvblend_rag.calibration.risk import RiskModel, Signals, margin
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.engine import Engine, Prompt
-from kvblend_rag.output import CompletionOutput, RequestOutput, last
+from kvblend_rag.output import CompletionOutput, RequestMetrics, RequestOutput, last
 from kvblend_rag.report import BlendReport
 from kvblend_rag.second_opinion import BEGINNING, beginning, disputed, second_options
 
@@ -19,8 +20,8 @@ class Guard:
     """Judges the requests of one engine.
 
     Before anything is shown, the risk is compared with ``max_risk``: of the whole answer, or where tokens are streamed
-    of what the first ones tell. As much of the answer is asked for a second time (``second_opinion``), unless the
-    judgement would be the same whatever came of it.
+    of what the first ones tell. A whole answer is asked for a second time (``second_opinion``), and of a stream as much
+    as is held back for it (``second_opinion_streams``), unless the judgement would be the same whatever came of it.
 
     Args:
         engine: answers.
@@ -46,13 +47,14 @@ class Guard:
             prompt: what is answered.
             sampling_params: the engine's.
             options: the request's blending options.
-            own: the request's settings: ``max_risk``, ``on_risk``, ``second_opinion``.
+            own: the request's settings: ``max_risk``, ``on_risk``, ``second_opinion``, ``second_opinion_streams``.
             whole: nobody looks before the end, so the whole answer is judged, whatever the parameters say.
             extra: passed on to the engine.
         """
         watched = self._engine.watched(sampling_params, whole=whole)
         second = second_options(options, own) if watched.count == 1 else None
         watch, judged, risk, risky = _Watch(watched.in_parts), False, None, None
+        held_until = 0.0
         held: list[RequestOutput] = []
         blending = self._engine.generate(prompt, watched.sampling_params, options=dict(options), **extra)
         async with aclosing(blending) as outputs:
@@ -62,7 +64,8 @@ class Guard:
                     if not held or output.finished:
                         blended, watch.known = await self._account(output)
                     signals = watch.signals(output.finished)
-                    if second and blended and not judged and self._open(signals, own.max_risk):
+                    askable = blended and not judged and (output.finished or own.second_opinion_streams)
+                    if second and askable and self._open(signals, own.max_risk):
                         if not output.finished and len(watch.answer.token_ids) < BEGINNING:
                             held.append(output)
                             continue
@@ -70,6 +73,7 @@ class Guard:
                         again = self._engine.watched(sampling_params, whole=True, most=most).sampling_params
                         other = await last(self._engine.generate(prompt, again, options=second, **extra))
                         signals = watch.disputed_by(other.outputs[0], output.finished)
+                        held_until = time.time()
                     risk = self._model.risk(signals) if blended else None
                 if risk is not None and risk > own.max_risk and not judged and own.on_risk == "prefill":
                     risky = output
@@ -79,8 +83,10 @@ class Guard:
                     report = each.report
                     if each.finished and risk is not None:
                         report = _marked(report, risk, own.max_risk)
-                    told = dataclasses.replace(report, risk=risk)
-                    yield dataclasses.replace(each.with_logprobs(watched.keep), report=told)
+                    told = dataclasses.replace(
+                        each.with_logprobs(watched.keep), metrics=_held(each.metrics, held_until)
+                    )
+                    yield dataclasses.replace(told, report=dataclasses.replace(report, risk=risk))
                 held.clear()
         if risky is None:
             return
@@ -150,6 +156,14 @@ class _Watch:
         if finished:
             return dataclasses.replace(signals, disputed=disputed(self.answer, other))
         return dataclasses.replace(signals, disputed_early=disputed(beginning(self.answer), other))
+
+
+def _held(metrics: RequestMetrics | None, until: float) -> RequestMetrics | None:
+    """Times as whoever waits has them: nothing was there before."""
+    if metrics is None:
+        return None
+    first, finished = (max(each, until) for each in (metrics.first_token_time, metrics.finished_time))
+    return dataclasses.replace(metrics, first_token_time=first, finished_time=finished)
 
 
 def _marked(report: BlendReport, risk: float, limit: float) -> BlendReport:

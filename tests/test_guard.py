@@ -193,7 +193,13 @@ def text_of(shown, kind):
 
 @pytest.mark.parametrize("kind", ["cumulative", "delta"])
 def test_a_stream_goes_on_where_a_second_opinion_begins_as_it_does(make, kind):
-    kv = make(-0.1, answers=at_length(LONG[:60] + " but ends otherwise."), risk=EARLY, second_opinion=0.4)
+    kv = make(
+        -0.1,
+        answers=at_length(LONG[:60] + " but ends otherwise."),
+        risk=EARLY,
+        second_opinion=0.4,
+        second_opinion_streams=True,
+    )
     shown = outputs(kv, kind=kind)
     alone = outputs(kv, kind=kind, max_risk=1.0)
     assert [each.outputs[0].text for each in shown] == [each.outputs[0].text for each in alone]
@@ -207,7 +213,11 @@ def test_a_stream_goes_on_where_a_second_opinion_begins_as_it_does(make, kind):
 @pytest.mark.parametrize("kind", ["cumulative", "delta"])
 def test_nothing_is_shown_of_a_stream_whose_beginning_is_disputed(make, kind):
     kv = make(
-        -0.1, answers=at_length("Blended but otherwise, and at some length besides."), risk=EARLY, second_opinion=0.4
+        -0.1,
+        answers=at_length("Blended but otherwise, and at some length besides."),
+        risk=EARLY,
+        second_opinion=0.4,
+        second_opinion_streams=True,
     )
     shown = outputs(kv, kind=kind)
     assert text_of(shown, kind) == "In full."
@@ -219,7 +229,7 @@ def test_nothing_is_shown_of_a_stream_whose_beginning_is_disputed(make, kind):
 @pytest.mark.parametrize("kind", ["cumulative", "delta"])
 @pytest.mark.parametrize(("second", "text"), [(answered, "Blended words here."), (of_two_minds, "In full.")])
 def test_a_stream_that_ends_before_is_judged_as_a_whole(make, kind, second, text):
-    kv = make(-0.1, answers=second, risk=EARLY, second_opinion=0.4)
+    kv = make(-0.1, answers=second, risk=EARLY, second_opinion=0.4, second_opinion_streams=True)
     shown = outputs(kv, kind=kind)
     assert text_of(shown, kind) == text
     assert (shown[-1].report.risk > 0.9) == (text == "In full.")
@@ -228,14 +238,29 @@ def test_a_stream_that_ends_before_is_judged_as_a_whole(make, kind, second, text
 
 
 def test_a_disputed_stream_may_be_marked_instead(make):
-    kv = make(-0.1, answers=at_length("Blended but otherwise, and at some length."), risk=EARLY, second_opinion=0.4)
+    kv = make(
+        -0.1,
+        answers=at_length("Blended but otherwise, and at some length."),
+        risk=EARLY,
+        second_opinion=0.4,
+        second_opinion_streams=True,
+    )
     shown = outputs(kv, kind="delta", on_risk="mark")
     assert text_of(shown, "delta") == LONG
     assert shown[0].report.risk > 0.5
 
 
+@pytest.mark.parametrize(("kind", "risk"), [("delta", EARLY), ("cumulative", EARLY), ("final", DISPUTE)])
+def test_time_to_first_token_counts_what_an_answer_was_held_back(make, kind, risk):
+    kv = make(-0.1, answers=at_length(LONG), risk=risk, second_opinion=0.4, second_opinion_streams=True, delay=0.01)
+    metrics = outputs(kv, kind=kind)[-1].metrics
+    assert len(kv.engine.requests) == 2
+    assert metrics.ttft > 2 * BEGINNING * 0.01  # where the first token alone takes 0.01
+    assert metrics.finished_time >= metrics.first_token_time
+
+
 def test_leaving_a_stream_that_is_held_back_aborts_both(make):
-    kv = make(-0.1, answers=at_length(LONG), risk=EARLY, second_opinion=0.4, delay=0.02)
+    kv = make(-0.1, answers=at_length(LONG), risk=EARLY, second_opinion=0.4, second_opinion_streams=True, delay=0.02)
 
     async def leave():
         waiting = asyncio.ensure_future(anext(kv.stream(PROMPT, FakeParams(kind="delta"))))
@@ -261,7 +286,8 @@ def test_a_second_opinion_may_mark_the_answer_instead(make):
 @pytest.mark.parametrize(
     ("kind", "risk", "blend"),
     [
-        ("cumulative", DISPUTE, {}),  # of a stream it says nothing
+        ("cumulative", DISPUTE, {"second_opinion_streams": True}),  # of a stream it says nothing
+        ("cumulative", EARLY, {}),  # it is not held back for that
         ("final", MODEL, {}),  # whatever it says, the risk is the same
         ("final", DISPUTE, {"second_opinion": 0.1}),  # less than the first
         ("final", DISPUTE, {"selector": "none"}),  # no budget at all
@@ -277,7 +303,7 @@ def test_no_second_opinion_where_it_could_change_nothing(make, kind, risk, blend
 @pytest.mark.parametrize("kind", ["cumulative", "delta", "final"])
 def test_several_answers_of_a_prompt_have_no_second_opinion(make, kind):
     """Of a stream, each part may be another's."""
-    kv = make(-0.1, risk=EARLY, second_opinion=0.4)
+    kv = make(-0.1, risk=EARLY, second_opinion=0.4, second_opinion_streams=True)
 
     async def gathered():
         return [each async for each in kv.stream(PROMPT, FakeParams(settings=Sampling(n=2), kind=kind))]

@@ -95,7 +95,7 @@ def test_a_second_opinion_on_a_stream_is_how_the_larger_budget_begins(rig, promp
 
     risk = streamed(max_risk=0.999, second_opinion=0)[0].report.risk
     rest = np.log(risk / (1 - risk))
-    shown = streamed(max_risk=risk, on_risk="mark", second_opinion=0.6)
+    shown = streamed(max_risk=risk, on_risk="mark", second_opinion=0.6, second_opinion_streams=True)
     weight, typical = DEFAULT_RISK.first.weights["disputed_early"], DEFAULT_RISK.first.typical["disputed_early"]
     found = (np.log(shown[0].report.risk / (1 - shown[0].report.risk)) - rest) / weight + typical
     assert found == pytest.approx(disputed(beginning(alone[0]), alone[1]), abs=1e-3)

@@ -379,6 +379,7 @@ _NAMES = st.sampled_from(
         "max_risk",
         "on_risk",
         "second_opinion",
+        "second_opinion_streams",
         "planner",
         "tenant",
         "ingest",
