@@ -854,12 +854,15 @@ def risk() -> str:
         who = f"{result['engine']['model']} ({every['differ']} of {every['questions']} answers differed)"
         second = result["arm"].partition("second_opinion=")[2]
         # Without its first tokens a second opinion says nothing of streams, and rows without one are there already.
-        streams = ("first", "default_first") if not second or "disputed_early" in figures else ()
-        rows.append([who, f"{float(second):.0%}" if second else "none", *_judged(figures, "answer", "default")])
-        rows[-1] += _judged(figures, *streams)
+        streamed = not second or "disputed_early" in figures
+        answers, streams = (
+            _judged(figures, "answer", "default"),
+            _judged(figures, *("first", "default_first") * streamed),
+        )
+        rows.append([who, f"{float(second):.0%}" if second else "none", *answers, *streams])
         if second:
-            rows.append([who, f"{float(second):.0%}, left out", *_judged(figures, "answer_undisputed")])
-            rows[-1] += _judged(figures, *(["first_undisputed_early"] if streams else []))
+            answers, streams = (_judged(figures, each) for each in ("answer_undisputed", "first_undisputed_early"))
+            rows.append([who, f"{float(second):.0%}, left out", *answers, *streams])
     caught = ["caught at 10 % false alarms", "at 30 %"]
     head = ["model", "second opinion", "whole answer: area under the ROC curve", *caught]
     return table([*head, "a stream: area under the ROC curve", *caught], rows)

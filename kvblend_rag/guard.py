@@ -11,9 +11,8 @@ from typing import Any
 from kvblend_rag.calibration.risk import RiskModel, Signals, margin
 from kvblend_rag.config import BlendConfig
 from kvblend_rag.engine import Engine, Prompt
-from kvblend_rag.output import CompletionOutput, RequestMetrics, RequestOutput, last
-from kvblend_rag.report import BlendReport
-from kvblend_rag.second_opinion import BEGINNING, beginning, disputed, second_options
+from kvblend_rag.output import CompletionOutput, RequestOutput, last
+from kvblend_rag.second_opinion import BEGINNING, beginning, second_options, with_second
 
 
 class Guard:
@@ -69,10 +68,10 @@ class Guard:
                         if not output.finished and len(watch.answer.token_ids) < BEGINNING:
                             held.append(output)
                             continue
-                        most = None if output.finished else BEGINNING
+                        first, most = (watch.answer, None) if output.finished else (beginning(watch.answer), BEGINNING)
                         again = self._engine.watched(sampling_params, whole=True, most=most).sampling_params
                         other = await last(self._engine.generate(prompt, again, options=second, **extra))
-                        signals = watch.disputed_by(other.outputs[0], output.finished)
+                        signals = with_second(signals, first, other.outputs[0])
                         held_until = time.time()
                     risk = self._model.risk(signals) if blended else None
                 if risk is not None and risk > own.max_risk and not judged and own.on_risk == "prefill":
@@ -80,13 +79,7 @@ class Guard:
                     break
                 judged = watch.begun
                 for each in (*held, output):
-                    report = each.report
-                    if each.finished and risk is not None:
-                        report = _marked(report, risk, own.max_risk)
-                    told = dataclasses.replace(
-                        each.with_logprobs(watched.keep), metrics=_held(each.metrics, held_until)
-                    )
-                    yield dataclasses.replace(told, report=dataclasses.replace(report, risk=risk))
+                    yield _shown(each.with_logprobs(watched.keep), risk, own.max_risk, held_until)
                 held.clear()
         if risky is None:
             return
@@ -150,26 +143,18 @@ class _Watch:
             self.known, first_margin=self._margin, lowest_logprob=self._lowest if finished else None
         )
 
-    def disputed_by(self, other: CompletionOutput, finished: bool) -> Signals:
-        """With a second answer, as long as this one's beginning unless this one is finished."""
-        signals = self.signals(finished)
-        if finished:
-            return dataclasses.replace(signals, disputed=disputed(self.answer, other))
-        return dataclasses.replace(signals, disputed_early=disputed(beginning(self.answer), other))
 
-
-def _held(metrics: RequestMetrics | None, until: float) -> RequestMetrics | None:
-    """Times as whoever waits has them: nothing was there before."""
-    if metrics is None:
-        return None
-    first, finished = (max(each, until) for each in (metrics.first_token_time, metrics.finished_time))
-    return dataclasses.replace(metrics, first_token_time=first, finished_time=finished)
-
-
-def _marked(report: BlendReport, risk: float, limit: float) -> BlendReport:
-    if risk <= limit:
-        return report
-    return dataclasses.replace(report, reason=f"the risk of this answer, {risk:.2f}, is above max_risk ({limit:g})")
+def _shown(output: RequestOutput, risk: float | None, limit: float, held_until: float) -> RequestOutput:
+    """A blended output; its times are those of whoever waits, to whom nothing was shown before."""
+    report = dataclasses.replace(output.report, risk=risk)
+    if output.finished and risk is not None and risk > limit:
+        reason = f"the risk of this answer, {risk:.2f}, is above max_risk ({limit:g})"
+        report = dataclasses.replace(report, reason=reason)
+    metrics = output.metrics
+    if metrics is not None:
+        first, finished = (max(each, held_until) for each in (metrics.first_token_time, metrics.finished_time))
+        metrics = dataclasses.replace(metrics, first_token_time=first, finished_time=finished)
+    return dataclasses.replace(output, report=report, metrics=metrics)
 
 
 def _instead(output: RequestOutput, blended: RequestOutput, risk: float | None, limit: float) -> RequestOutput:

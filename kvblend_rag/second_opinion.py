@@ -65,7 +65,7 @@ def beginning(answer: CompletionOutput) -> CompletionOutput:
 
 
 def with_second(signals: Signals, first: CompletionOutput, second: CompletionOutput) -> Signals:
-    """A whole answer's signals, with those of a second one: of all of it and of its first tokens."""
+    """An answer's signals, with what a second one, as long, tells of it: of all of it and of its first tokens."""
     early = disputed(beginning(first), beginning(second))
     return dataclasses.replace(signals, disputed=disputed(first, second), disputed_early=early)
 

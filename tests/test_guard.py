@@ -69,12 +69,15 @@ def outputs(kv, prompt=PROMPT, kind="cumulative", **blend):
     return kv.engine.run(gathered())
 
 
+def text_of(shown, kind):
+    return "".join(each.outputs[0].text for each in shown) if kind == "delta" else shown[-1].outputs[0].text
+
+
 @pytest.mark.parametrize("kind", ["cumulative", "delta", "final"])
 def test_a_sure_answer_is_shown_as_it_is(make, kind):
     kv = make(-0.1)
     shown = outputs(kv, kind=kind)
-    text = "".join(each.outputs[0].text for each in shown) if kind == "delta" else shown[-1].outputs[0].text
-    assert text == "Blended words here."
+    assert text_of(shown, kind) == "Blended words here."
     assert shown[-1].report.blended
     assert shown[-1].report.reason is None
     assert shown[-1].report.risk < 0.5
@@ -86,8 +89,7 @@ def test_of_a_risky_one_nothing_is_shown(make, kind):
     kv = make(-2.0)
     shown = outputs(kv, kind=kind)
     assert not any("Blended" in each.outputs[0].text for each in shown)
-    text = "".join(each.outputs[0].text for each in shown) if kind == "delta" else shown[-1].outputs[0].text
-    assert text == "In full."
+    assert text_of(shown, kind) == "In full."
     report = shown[-1].report
     assert not report.blended
     assert report.risk > 0.5
@@ -187,19 +189,14 @@ def at_length(second):
     return answers
 
 
-def text_of(shown, kind):
-    return "".join(each.outputs[0].text for each in shown) if kind == "delta" else shown[-1].outputs[0].text
+def opined(make, answers, risk=EARLY, **more):
+    """An engine whose streams, too, are held back for a second opinion."""
+    return make(-0.1, answers=answers, risk=risk, second_opinion=0.4, second_opinion_streams=True, **more)
 
 
 @pytest.mark.parametrize("kind", ["cumulative", "delta"])
 def test_a_stream_goes_on_where_a_second_opinion_begins_as_it_does(make, kind):
-    kv = make(
-        -0.1,
-        answers=at_length(LONG[:60] + " but ends otherwise."),
-        risk=EARLY,
-        second_opinion=0.4,
-        second_opinion_streams=True,
-    )
+    kv = opined(make, at_length(LONG[:60] + " but ends otherwise."))
     shown = outputs(kv, kind=kind)
     alone = outputs(kv, kind=kind, max_risk=1.0)
     assert [each.outputs[0].text for each in shown] == [each.outputs[0].text for each in alone]
@@ -212,13 +209,7 @@ def test_a_stream_goes_on_where_a_second_opinion_begins_as_it_does(make, kind):
 
 @pytest.mark.parametrize("kind", ["cumulative", "delta"])
 def test_nothing_is_shown_of_a_stream_whose_beginning_is_disputed(make, kind):
-    kv = make(
-        -0.1,
-        answers=at_length("Blended but otherwise, and at some length besides."),
-        risk=EARLY,
-        second_opinion=0.4,
-        second_opinion_streams=True,
-    )
+    kv = opined(make, at_length("Blended but otherwise, and at some length besides."))
     shown = outputs(kv, kind=kind)
     assert text_of(shown, kind) == "In full."
     assert not any("Blended" in each.outputs[0].text for each in shown)
@@ -229,7 +220,7 @@ def test_nothing_is_shown_of_a_stream_whose_beginning_is_disputed(make, kind):
 @pytest.mark.parametrize("kind", ["cumulative", "delta"])
 @pytest.mark.parametrize(("second", "text"), [(answered, "Blended words here."), (of_two_minds, "In full.")])
 def test_a_stream_that_ends_before_is_judged_as_a_whole(make, kind, second, text):
-    kv = make(-0.1, answers=second, risk=EARLY, second_opinion=0.4, second_opinion_streams=True)
+    kv = opined(make, second)
     shown = outputs(kv, kind=kind)
     assert text_of(shown, kind) == text
     assert (shown[-1].report.risk > 0.9) == (text == "In full.")
@@ -238,13 +229,7 @@ def test_a_stream_that_ends_before_is_judged_as_a_whole(make, kind, second, text
 
 
 def test_a_disputed_stream_may_be_marked_instead(make):
-    kv = make(
-        -0.1,
-        answers=at_length("Blended but otherwise, and at some length."),
-        risk=EARLY,
-        second_opinion=0.4,
-        second_opinion_streams=True,
-    )
+    kv = opined(make, at_length("Blended but otherwise, and at some length."))
     shown = outputs(kv, kind="delta", on_risk="mark")
     assert text_of(shown, "delta") == LONG
     assert shown[0].report.risk > 0.5
@@ -252,7 +237,7 @@ def test_a_disputed_stream_may_be_marked_instead(make):
 
 @pytest.mark.parametrize(("kind", "risk"), [("delta", EARLY), ("cumulative", EARLY), ("final", DISPUTE)])
 def test_time_to_first_token_counts_what_an_answer_was_held_back(make, kind, risk):
-    kv = make(-0.1, answers=at_length(LONG), risk=risk, second_opinion=0.4, second_opinion_streams=True, delay=0.01)
+    kv = opined(make, at_length(LONG), risk=risk, delay=0.01)
     metrics = outputs(kv, kind=kind)[-1].metrics
     assert len(kv.engine.requests) == 2
     assert metrics.ttft > 2 * BEGINNING * 0.01  # where the first token alone takes 0.01
@@ -260,7 +245,7 @@ def test_time_to_first_token_counts_what_an_answer_was_held_back(make, kind, ris
 
 
 def test_leaving_a_stream_that_is_held_back_aborts_both(make):
-    kv = make(-0.1, answers=at_length(LONG), risk=EARLY, second_opinion=0.4, second_opinion_streams=True, delay=0.02)
+    kv = opined(make, at_length(LONG), delay=0.02)
 
     async def leave():
         waiting = asyncio.ensure_future(anext(kv.stream(PROMPT, FakeParams(kind="delta"))))
@@ -303,7 +288,7 @@ def test_no_second_opinion_where_it_could_change_nothing(make, kind, risk, blend
 @pytest.mark.parametrize("kind", ["cumulative", "delta", "final"])
 def test_several_answers_of_a_prompt_have_no_second_opinion(make, kind):
     """Of a stream, each part may be another's."""
-    kv = make(-0.1, risk=EARLY, second_opinion=0.4, second_opinion_streams=True)
+    kv = opined(make, answered)
 
     async def gathered():
         return [each async for each in kv.stream(PROMPT, FakeParams(settings=Sampling(n=2), kind=kind))]

@@ -71,10 +71,10 @@ class Batch:
                 is_src_access_order_any=True,
             )
         if self._small:
-            stream = torch.cuda.current_stream().cuda_stream
+            copy_rows, stream = cuda_runtime().cudaMemcpy2DAsync, torch.cuda.current_stream().cuda_stream
             for piece in self._small:
                 at, source, step = target + piece.offset, piece.source + layers.start * piece.step, piece.step
-                error = cuda_runtime().cudaMemcpy2DAsync(at, self.nbytes, source, step, step, count, _TO_DEVICE, stream)
+                error = copy_rows(at, self.nbytes, source, step, step, count, _TO_DEVICE, stream)
                 if error:
                     raise RuntimeError(f"a copy of {count} × {step} bytes to the GPU ended with CUDA's error {error}")
 
