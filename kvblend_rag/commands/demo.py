@@ -212,17 +212,20 @@ def _table(answers: Sequence[Asked]) -> Table:
     return table
 
 
+def _speed(ratios: Sequence[float]) -> str:
+    """How many times sooner the first token came, or how many times later."""
+    way = "sooner" if statistics.median(ratios) >= 1 else "later"
+    times = sorted(ratios if way == "sooner" else [1 / ratio for ratio in ratios])
+    return f"[bold]First token {statistics.median(times):.1f}× {way}[/] (median; {times[0]:.1f}× to {times[-1]:.1f}×)"
+
+
 def _conclude(console: Console, answers: Sequence[Asked], config: BlendConfig) -> None:
     if not console.is_terminal:
         console.print(_table(answers))
-    ratios = sorted(each.ratio for each in answers)
     plain, blended = (
         statistics.median(seconds(getattr(each, way)) for each in answers) for way in ("plain", "blended")
     )
-    console.print(
-        f"[bold]First token {statistics.median(ratios):.1f}× sooner[/] (median; {ratios[0]:.1f}× to "
-        f"{ratios[-1]:.1f}×): {plain:.2f} s plain, {blended:.2f} s blended."
-    )
+    console.print(f"{_speed([each.ratio for each in answers])}: {plain:.2f} s plain, {blended:.2f} s blended.")
     same = sum(each.same for each in answers)
     judged = [each for each in answers if each.expected]
     if judged:
