@@ -801,6 +801,11 @@ def carried() -> str:
     return _compared("carried-")
 
 
+def taught() -> str:
+    """What teaching the reader to read blended chunks changed."""
+    return _compared("taught-")
+
+
 def _compared(prefix: str) -> str:
     """Results of `tools/compare_quality.py`, of files whose names begin so."""
     rows = []
@@ -884,6 +889,7 @@ BLOCKS = {
     "faults": faults,
     "own-documents": own_documents,
     "carried": carried,
+    "taught": taught,
     "openings": openings,
     "similar": similar,
     "calibrations": calibrations,

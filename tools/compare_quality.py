@@ -1,9 +1,10 @@
-"""Two results of ``kvblend eval`` on one model against each other: paired differences over the questions of both.
+"""Two results of ``kvblend eval`` against each other: paired differences over the questions of both.
 
 For what takes an engine of its own, as another ingest context does; or of one result that has the arms behind two
 contexts (``--contexts``), or with an option and without it (``--options``).
 
     python tools/compare_quality.py BEFORE.json AFTER.json --arms reuse question:0.15 --json OUT.json
+    python tools/compare_quality.py BEFORE.json AFTER.json --arms plain question:0.15 --json OUT.json  # two models
     python tools/compare_quality.py BOTH.json BOTH.json --contexts long similar --json OUT.json
     python tools/compare_quality.py BOTH.json BOTH.json --options "" carry=0.75 --arms question:0.15 --json OUT.json
 """
@@ -26,7 +27,8 @@ MADE = "questions made here"
 def compared(
     before: dict[str, Any], after: dict[str, Any], arms: list[str], endings: tuple[str, str] = ("", "")
 ) -> dict[str, Any]:
-    """By group and arm: KL of both and its ratio, and what changed in ΔNLL and F1, with 95 % intervals.
+    """By group and arm: KL of both and its ratio, what changed in ΔNLL and F1, and how many answers are the full
+    prefill's, with 95 % intervals.
 
     Args:
         before: a result.
@@ -45,19 +47,26 @@ def compared(
         groups[name] = {"questions": len(keys), "arms": {}}
         for arm in arms:
             old, new = (
-                {value: _column(side, keys, f"{arm}{ending}", value) for value in ("kl", "nll", "f1")}
+                {value: _column(side, keys, f"{arm}{ending}", value) for value in ("kl", "nll", "f1", "same")}
                 for side, ending in zip(rows, endings, strict=True)
             )
             groups[name]["arms"][arm] = {
                 "kl_before": bootstrap.mean(old["kl"]).to_list(),
                 "kl_after": bootstrap.mean(new["kl"]).to_list(),
-                "kl_ratio": bootstrap.ratio(new["kl"], old["kl"]).to_list(),
+                "kl_ratio": _told(bootstrap.ratio(new["kl"], old["kl"])),
                 "nll_change_before": bootstrap.mean(old["nll"]).to_list(),
                 "nll_change_after": bootstrap.mean(new["nll"]).to_list(),
                 "nll_difference": bootstrap.mean(new["nll"] - old["nll"]).to_list(),
                 "f1_difference": bootstrap.mean(new["f1"] - old["f1"]).to_list(),
+                "same_before": bootstrap.mean(old["same"]).to_list(),
+                "same_after": bootstrap.mean(new["same"]).to_list(),
             }
     return groups
+
+
+def _told(interval: bootstrap.Interval) -> list[float | None]:
+    """Nothing where both are a full prefill's, whose KL is 0."""
+    return [None if np.isnan(each) else each for each in interval.to_list()]
 
 
 def _column(side: dict[Any, Any], keys: list[Any], arm: str, value: str) -> Any:

@@ -94,7 +94,8 @@ def test_commands_exist(pages: Any, name: str) -> None:
             elif program == "make":
                 assert arguments[0] in targets, f"{block.place}: {line}"
             elif program == "python":
-                assert (ROOT / arguments[0]).exists(), f"{block.place}: {line}"
+                script = f"{arguments[1].replace('.', '/')}.py" if arguments[0] == "-m" else arguments[0]
+                assert (ROOT / script).exists(), f"{block.place}: {line}"
             else:
                 assert program in ("pip", "sphinx-build"), f"{block.place}: {line}"
 
