@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tools.reader.batch import Prompt, blended_batch, full_batch, recomputed
-from tools.reader.examples import Paragraphs, question_of, two_documents, writing_prompt
+from tools.reader.examples import Paragraphs, from_text, question_of, two_documents, writing_prompt
 from tools.reader.llama import PROJECTIONS
 from tools.reader.student import Student
 from tools.reader.teach import divergence, learnt
@@ -178,6 +178,22 @@ def test_what_counts_as_a_question(draw):
     assert question_of(" Which of the following is Czech and in Poland?", chunk) is None
     assert question_of(" Who was the first president of a distant country?", chunk) is None
     assert question_of(" It flows through Poland.", chunk) is None
+
+
+def test_what_is_asked_about_a_sentence_is_answered_by_it(draw):
+    sentence = "The Oder rises in the Czech Republic and flows through western Poland to the Baltic."
+    chunk = {"title": "Oder", "text": f"{sentence} Short one here. {'Wordwithoutanyspaces' * 3} of two."}
+
+    asked = [from_text(chunk, ["beside"], draw) for _ in range(40)]
+
+    for example in asked:
+        assert example.answer
+        if "[...]" in example.question:
+            whole = example.question.split('"')[1].replace("[...]", example.answer)
+        else:
+            whole = f"{example.question.split(': ', 1)[1]} {example.answer}"
+        assert whole == sentence
+    assert len({example.question.split()[0] for example in asked}) == 2
 
 
 def test_an_answer_that_needs_two_documents_is_in_neither_alone(draw):

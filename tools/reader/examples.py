@@ -135,7 +135,7 @@ def _gap(chunk: dict[str, str], draw: random.Random) -> tuple[str, str] | None:
 
 
 def _rest(chunk: dict[str, str], draw: random.Random) -> tuple[str, str] | None:
-    found = [sentence.strip().split() for sentence in _SENTENCE.findall(chunk["text"])]
+    found = [words for sentence in _SENTENCE.findall(chunk["text"]) if len(words := sentence.split()) > 5]
     if not found:
         return None
     words = draw.choice(found)
