@@ -60,6 +60,7 @@ def compared(
                 "f1_difference": bootstrap.mean(new["f1"] - old["f1"]).to_list(),
                 "same_before": bootstrap.mean(old["same"]).to_list(),
                 "same_after": bootstrap.mean(new["same"]).to_list(),
+                "same_difference": bootstrap.mean(new["same"] - old["same"]).to_list(),
             }
     return groups
 

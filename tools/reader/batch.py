@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SPAN = 16
-"""Chunk tokens are recomputed in spans of so many, as ``span_size`` has it."""
+from kvblend_rag.config import BlendConfig
+
+SPAN = BlendConfig.span_size
+"""Chunk tokens are recomputed in spans of so many."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from tools.reader.llama import PROJECTIONS, Llama
 
 
 class Student:
-    """The adapter that is taught, over the frozen base."""
+    """Its factors with gradients, the weights that they change, and a model that takes both merged."""
 
     def __init__(self, base: Path, adapter: Path, device: str) -> None:
         """Args: folders of the base model and of the adapter to go on from."""

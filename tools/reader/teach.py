@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -64,7 +65,7 @@ def divergence(teacher: Tensor, student: Tensor, lengths: Sequence[int]) -> tupl
     Returns:
         What is learnt from, in which a long answer counts as its length's root; and the mean of each answer.
     """
-    at = (teacher.exp() * (teacher - student.log_softmax(-1))).sum(-1)
+    at = F.kl_div(student.log_softmax(-1), teacher, reduction="none", log_target=True).sum(-1)
     counts = torch.tensor(lengths, device=at.device)
     weights = (counts**-0.5).repeat_interleave(counts, output_size=len(at))
     rows = torch.arange(len(lengths), device=at.device).repeat_interleave(counts, output_size=len(at))
