@@ -144,14 +144,13 @@ def _question(row: Mapping[str, Any], name: str, fallback: str) -> Question:
         kind=str(row.get("kind") or "question"),
         text=str(row["question"]),
         answers=answers,
-        documents=tuple(document(chunk) for chunk in row["chunks"]),
+        documents=tuple(_document(chunk) for chunk in row["chunks"]),
         supporting=tuple(int(place) for place in row.get("supporting") or ()),
         history=_history(row.get("history") or ()),
     )
 
 
-def document(chunk: Mapping[str, str]) -> str:
-    """A chunk's title and text as they stand in a prompt."""
+def _document(chunk: Mapping[str, str]) -> str:
     title, text = (chunk.get("title") or "").strip(), chunk["text"].strip()
     return f"{title}\n{text}" if title else text
 
@@ -160,4 +159,4 @@ def _history(turns: Sequence[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
     return tuple((_ROLES[(turn.get("role") or turn["speaker"]).lower()], turn["text"]) for turn in turns)
 
 
-__all__ = ["Question", "document", "read_questions"]
+__all__ = ["Question", "read_questions"]

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvblend_rag.quality.questions import document
-
 SETS = ("squad_10", "nq_20", "musique_paragraphs", "hotpotqa", "musique_long_chunks", "mtrag_un")
 WRITTEN_OVER = ("squad_10", "nq_20", "musique_paragraphs", "hotpotqa")
 LEAST_LETTERS = 150
@@ -53,6 +51,11 @@ class Example:
     """The evidence is not known: all of ``others`` is shown, in its order."""
 
 
+def content(chunk: dict[str, str]) -> str:
+    """A document's text as it stands in a prompt."""
+    return f"{chunk['title']}\n{chunk['text']}" if chunk["title"] else chunk["text"]
+
+
 class Paragraphs:
     """The development sets' rows, without paragraphs that the reader is evaluated on."""
 
@@ -78,7 +81,7 @@ class Paragraphs:
             for row in rows:
                 if not row["answers"] or row["kind"] in ("unanswerable", "underspecified"):
                     continue
-                texts = [document(chunk) for chunk in row["chunks"]]
+                texts = [content(chunk) for chunk in row["chunks"]]
                 marked = [texts[place] for place in row["supporting"]]
                 others = [text for text in texts if text not in marked]
                 known = bool(marked) and name != "mtrag_un"
@@ -90,7 +93,7 @@ class Paragraphs:
         found: dict[str, tuple[dict[str, str], list[str]]] = {}
         for name in WRITTEN_OVER:
             for row in self.rows[name]:
-                texts = [document(chunk) for chunk in row["chunks"]]
+                texts = [content(chunk) for chunk in row["chunks"]]
                 for chunk, own in zip(row["chunks"], texts, strict=True):
                     if len(chunk["text"]) > LEAST_LETTERS:
                         found.setdefault(own, (chunk, [text for text in texts if text != own]))
@@ -143,7 +146,7 @@ def _rest(chunk: dict[str, str], draw: random.Random) -> tuple[str, str] | None:
 def from_text(chunk: dict[str, str], beside: list[str], draw: random.Random) -> Example | None:
     """A gap to fill in a sentence, or a sentence to complete."""
     made = draw.choice((_gap, _rest))(chunk, draw)
-    return made and Example(made[0], made[1], [document(chunk)], beside)
+    return made and Example(made[0], made[1], [content(chunk)], beside)
 
 
 def two_documents(first: str, second: str, beside: list[str], draw: random.Random) -> Example:

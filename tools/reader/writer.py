@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvblend_rag.quality.questions import document
-from tools.reader.examples import Example, Paragraphs, question_of, writing_prompt
+from tools.reader.examples import Example, Paragraphs, content, question_of, writing_prompt
 from tools.reader.prompts import chat
 
 QUESTION_TOKENS, ANSWER_TOKENS = 28, 16
@@ -60,7 +59,7 @@ def written_examples(
     asked = [(chunk, beside, prompt) for chunk, beside in about if (prompt := writing_prompt(chunk, draw))][:most]
     texts = writer.written([prompt for *_, prompt in asked], QUESTION_TOKENS, 192)
     made = [
-        Example(question, "", [document(chunk)], beside)
+        Example(question, "", [content(chunk)], beside)
         for (chunk, beside, _), text in zip(asked, texts, strict=True)
         if (question := question_of(text, chunk))
     ]
